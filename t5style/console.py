@@ -54,8 +54,7 @@ def _cell(value: Any) -> str:
 
 
 class Progress:
-    """Handed out by `progress`: `advance(n)` counts, keyword fields (loss=1.23) are shown beside the count.
-    """
+    """Handed out by `progress`: `advance(n)` counts; keyword fields (loss=1.23) are shown beside it."""
 
     def __init__(self, description: str, total: int | None, unit: str, start: int) -> None:
         self.description = description

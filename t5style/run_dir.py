@@ -189,8 +189,8 @@ def canonical(value: Any) -> Any:
     if hasattr(value, "item") and getattr(value, "shape", None) == ():  # NumPy scalars
         return canonical(value.item())
     raise TypeError(
-        f"{type(value).__name__} {value!r} cannot be part of a configuration: use plain values and frozen
-        dataclasses"
+        f"{type(value).__name__} {value!r} cannot be part of a configuration: "
+        "use plain values and frozen dataclasses"
     )
 
 
@@ -334,7 +334,8 @@ class RunDir:
             who = f"process {holder['pid']} on {holder['host']} since {holder['since']}"
         except (ValueError, KeyError, TypeError):
             who = "another process"
-        return f"run folder {os.path.abspath(self.path)} is in use by {who}; wait for it, stop it, or choose another RUN_DIR"
+        folder = os.path.abspath(self.path)
+        return f"run folder {folder} is in use by {who}; wait for it, stop it, or choose another RUN_DIR"
 
     def read_manifest(self) -> dict[str, Any] | None:
         """The manifest of a finished job, or None if there is none (or none that can be read)."""
@@ -368,7 +369,7 @@ class RunDir:
             "fingerprint": fingerprint([config_fingerprint, sorted(inputs.values())]),
             "config_fingerprint": config_fingerprint,
             "inputs": inputs,
-            "outputs": sorted(entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")),
+            "outputs": sorted(e.name for e in self.path.iterdir() if not e.name.startswith(".")),
             "figures": dict(figures or {}),
             "started": started or _now(),
             "finished": _now(),
