@@ -1,0 +1,276 @@
+"""The record that passes between corpus stages, and its files: Parquet or (compressed) JSON lines.
+
+Parquet files have one row per document with the columns ``text, id, source, url, license, language``
+(strings) and ``meta`` (a JSON object as a string, because its keys differ from source to source), so that
+Hugging Face datasets, Beam, Spark and DuckDB read them as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gzip
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import IO, Any
+
+from etils import epath
+
+from t5style.run_dir import UserError
+
+COLUMNS = ("text", "id", "source", "url", "license", "language", "meta")
+_SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
+# A row group is what a reader holds in memory at once: bounded both in rows and in characters.
+_GROUP_ROWS = 4096
+_GROUP_CHARACTERS = 8 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """One text with where it comes from.
+
+    Attributes:
+      text: the text itself.
+      id: unique within the corpus and stable from run to run (splits are drawn from it).
+      source: name of the collection it comes from.
+      url: where it can be found, a URL or a path.
+      license: SPDX identifier or name of the licence, empty where unknown.
+      language: ISO 639-1 code, empty where unknown.
+      meta: further fields, JSON values only.
+    """
+
+    text: str
+    id: str
+    source: str = ""
+    url: str = ""
+    license: str = ""
+    language: str = ""
+    meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The document as a JSON object; empty fields other than text and id are left out."""
+        record: dict[str, Any] = {"id": self.id, "text": self.text}
+        for name in COLUMNS[2:]:
+            if value := getattr(self, name):
+                record[name] = dict(value) if name == "meta" else value
+        return record
+
+
+def write_documents(path: epath.PathLike, documents: Iterable[Document]) -> int:
+    """Writes documents to one file, in bounded memory; the file appears whole or not at all.
+
+    Args:
+      path: ends in .parquet, .jsonl, .jsonl.gz or .jsonl.zst.
+      documents: any iterable, read once.
+
+    Returns:
+      The number of documents written.
+
+    Raises:
+      UserError: the file name has another suffix.
+      OSError: the file cannot be written; nothing is left behind.
+    """
+    path = epath.Path(path)
+    _check_suffix(path)
+    count = 0
+    with DocumentWriter(path) as writer:
+        for document in documents:
+            writer.write(document)
+            count += 1
+    return count
+
+
+class DocumentWriter:
+    """Writes one file of documents piece by piece; it appears under its name when the ``with`` block ends
+    well.
+    """
+
+    def __init__(self, path: epath.PathLike):
+        self.path = epath.Path(path)
+        _check_suffix(self.path)
+        self._stack = contextlib.ExitStack()
+        self._group: list[Document] = []
+        self._characters = 0
+
+    def __enter__(self) -> DocumentWriter:
+        with contextlib.ExitStack() as stack:
+            raw = stack.enter_context(atomic_open(self.path))
+            if self.path.suffix == ".parquet":
+                import pyarrow.parquet
+
+                self._schema = pyarrow.schema([(name, pyarrow.large_string()) for name in COLUMNS])
+                self._parquet = stack.enter_context(
+                    pyarrow.parquet.ParquetWriter(raw, self._schema, compression="zstd")
+                )
+            elif self.path.name.endswith(".gz"):
+                # mtime 0: the same documents give the same bytes.
+                self._lines: IO[bytes] = stack.enter_context(
+                    gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0)  # type: ignore[arg-type]
+                )
+            elif self.path.name.endswith(".zst"):
+                import zstandard
+
+                compressor = zstandard.ZstdCompressor(level=19)
+                self._lines = stack.enter_context(compressor.stream_writer(raw, closefd=False))
+            else:
+                self._lines = raw
+            self._stack = stack.pop_all()
+        return self
+
+    def write(self, document: Document) -> None:
+        """Adds one document."""
+        self._group.append(document)
+        self._characters += len(document.text)
+        if len(self._group) >= _GROUP_ROWS or self._characters >= _GROUP_CHARACTERS:
+            self._flush()
+
+    def _flush(self) -> None:
+        group, self._group, self._characters = self._group, [], 0
+        if not group:
+            return
+        if self.path.suffix == ".parquet":
+            import pyarrow
+
+            columns: dict[str, list[str]] = {
+                name: [getattr(document, name) for document in group] for name in COLUMNS[:-1]
+            }
+            columns["meta"] = [json.dumps(dict(document.meta), ensure_ascii=False) for document in group]
+            self._parquet.write_table(pyarrow.table(columns, schema=self._schema))
+        else:
+            for document in group:
+                self._lines.write(json.dumps(document.to_json(), ensure_ascii=False).encode() + b"\n")
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is None:
+            try:
+                self._flush()
+            except BaseException as flush_error:
+                self._stack.__exit__(type(flush_error), flush_error, flush_error.__traceback__)
+                raise
+        self._stack.__exit__(kind, error, trace)
+
+
+@contextlib.contextmanager
+def atomic_open(path: epath.PathLike) -> Iterator[IO[bytes]]:
+    """Opens a temporary sibling for writing; renames it to ``path`` on success, removes it on failure."""
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            if "://" not in os.fspath(path):
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_documents(path: epath.PathLike) -> Iterator[Document]:
+    """Yields the documents of a file, of every document file of a folder, or of every file a pattern matches.
+
+    Args:
+      path: a .parquet, .jsonl, .jsonl.gz or .jsonl.zst file; a folder of them, such as a prepared corpus's
+        ``train`` folder; or a glob pattern. Files are read in the order of their names.
+
+    Raises:
+      UserError: nothing is found there, or a file is not one of documents.
+    """
+    for file in document_files(path):
+        yield from _read_file(file)
+
+
+def document_files(path: epath.PathLike) -> list[epath.Path]:
+    """The document files that ``read_documents`` reads for this path, sorted by name."""
+    path = epath.Path(path)
+    if path.is_dir():
+        files = sorted(
+            file for file in path.iterdir() if file.name.endswith(_SUFFIXES) and file.name[0] != "."
+        )
+        if not files:
+            splits = sorted(child.name for child in path.iterdir() if child.is_dir() and child.name[0] != ".")
+            hint = f"; it has the folders {', '.join(splits)}: name one of them" if splits else ""
+            raise UserError(f"no document files ({', '.join(_SUFFIXES)}) in the folder {path}{hint}")
+        return files
+    if path.exists():
+        _check_suffix(path)
+        return [path]
+    if any(character in os.fspath(path) for character in "*?["):
+        files = expand(os.fspath(path))
+        if files:
+            for file in files:
+                _check_suffix(file)
+            return files
+    raise UserError(f"no documents at {path}: no such file or folder")
+
+
+def expand(pattern: str) -> list[epath.Path]:
+    """Files a glob pattern matches (``**`` goes through folders), sorted; local or ``gs://``-like paths."""
+    if "://" in pattern:
+        head, _, rest = pattern.partition("://")
+        bucket, _, rest = rest.partition("/")
+        return sorted(file for file in epath.Path(f"{head}://{bucket}").glob(rest) if file.is_file())
+    import glob
+
+    matches = glob.glob(os.path.expanduser(pattern), recursive=True)
+    return sorted(epath.Path(match) for match in matches if os.path.isfile(match))
+
+
+def _check_suffix(path: epath.Path) -> None:
+    if not path.name.endswith(_SUFFIXES):
+        raise UserError(f"{path} is not a document file: its name must end in one of {', '.join(_SUFFIXES)}")
+
+
+def _read_file(path: epath.Path) -> Iterator[Document]:
+    if path.suffix == ".parquet":
+        yield from _read_parquet(path)
+        return
+    with open_lines(path) as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                record = json.loads(line)
+                yield Document(**{name: record[name] for name in COLUMNS if name in record})
+            except (ValueError, TypeError) as error:
+                raise UserError(f"{path}, line {number}: not a document in JSON ({error})") from error
+
+
+def _read_parquet(path: epath.Path) -> Iterator[Document]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with path.open("rb") as raw:
+            file = pyarrow.parquet.ParquetFile(raw)
+            if missing := [name for name in ("text", "id") if name not in file.schema_arrow.names]:
+                raise UserError(
+                    f"{path} has no column {missing[0]!r} (its columns: {', '.join(file.schema_arrow.names)})"
+                )
+            present = [name for name in COLUMNS if name in file.schema_arrow.names]
+            for batch in file.iter_batches(batch_size=256, columns=present):
+                for row in batch.to_pylist():
+                    if "meta" in row:
+                        row["meta"] = json.loads(row["meta"] or "{}")
+                    yield Document(**row)
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{path} is not a readable Parquet file: {error}") from error
+
+
+@contextlib.contextmanager
+def open_lines(path: epath.PathLike) -> Iterator[IO[bytes]]:
+    """Opens a plain, .gz or .zst file as a binary stream of what is inside it; it can be iterated by line."""
+    path = epath.Path(path)
+    with contextlib.ExitStack() as stack:
+        raw = stack.enter_context(path.open("rb"))
+        if path.name.endswith(".gz"):
+            yield stack.enter_context(gzip.GzipFile(fileobj=raw, mode="rb"))  # type: ignore[arg-type]
+        elif path.name.endswith(".zst"):
+            import zstandard
+
+            reader = stack.enter_context(zstandard.ZstdDecompressor().stream_reader(raw, closefd=False))
+            yield stack.enter_context(io.BufferedReader(reader))  # type: ignore[arg-type]
+        else:
+            yield raw
