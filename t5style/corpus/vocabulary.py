@@ -152,7 +152,7 @@ class Vocabulary(abc.ABC):
         """
         if not 0 <= index < self.extra_ids:
             raise ValueError(
-                f"sentinel {index} does not exist: this vocabulary has {self.extra_ids} (set a larger extra_ids)"
+                f"there is no sentinel {index}: this vocabulary has {self.extra_ids}, set a larger extra_ids"
             )
         return self.vocab_size - 1 - index
 
