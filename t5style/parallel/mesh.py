@@ -53,7 +53,9 @@ class MeshConfig:
         sizes = {axis: getattr(self, axis) for axis in AXES}
         for axis, size in sizes.items():
             if not isinstance(size, int) or isinstance(size, bool) or (size < 1 and size != -1):
-                raise ValueError(f"Mesh axis {axis}={size!r} must be a whole number from 1, or -1 for the rest.")
+                raise ValueError(
+                    f"Mesh axis {axis}={size!r} must be a whole number from 1, or -1 for the rest."
+                )
         rest = [axis for axis, size in sizes.items() if size == -1]
         if len(rest) > 1:
             raise ValueError(
@@ -61,7 +63,9 @@ class MeshConfig:
                 f"give the others a size."
             )
         if self.devices is not None and (not isinstance(self.devices, int) or self.devices < 1):
-            raise ValueError(f"MeshConfig.devices={self.devices!r} must be a whole number from 1, or None for all.")
+            raise ValueError(
+                f"MeshConfig.devices={self.devices!r} must be a whole number from 1, or None for all."
+            )
 
     def sizes(self, num_devices: int) -> dict[str, int]:
         """Sizes by axis, in mesh order, for this many devices.
@@ -71,7 +75,10 @@ class MeshConfig:
         """
         sizes = {axis: getattr(self, axis) for axis in AXES}
         fixed = math.prod(size for size in sizes.values() if size != -1)
-        said = " × ".join(f"{axis}={size}" for axis, size in sizes.items() if size not in (1, -1)) or "all axes 1"
+        said = (
+            " × ".join(f"{axis}={size}" for axis, size in sizes.items() if size not in (1, -1))
+            or "all axes 1"
+        )
         for axis, size in sizes.items():
             if size == -1:
                 if num_devices % fixed:

@@ -82,7 +82,12 @@ class Rules:
                         raise ValueError(f"Rules.{kind}[{name!r}] names the mesh axis {_unknown(axis, AXES)}")
 
     def __hash__(self) -> int:
-        return hash((tuple(sorted(map(str, self.parameters.items()))), tuple(sorted(map(str, self.activations.items())))))
+        return hash(
+            (
+                tuple(sorted(map(str, self.parameters.items()))),
+                tuple(sorted(map(str, self.activations.items()))),
+            )
+        )
 
     def parameter_axes(self, logical: str | None) -> tuple[str, ...]:
         """Mesh axes over which this dimension of a parameter is divided."""
@@ -93,7 +98,9 @@ class Rules:
         return _lookup(logical, self.activations, ACTIVATION_RULES)
 
 
-def spec(axes: LogicalAxes, shape: Sequence[int], mesh: Mesh, rules: Rules, name: str = "parameter") -> PartitionSpec:
+def spec(
+    axes: LogicalAxes, shape: Sequence[int], mesh: Mesh, rules: Rules, name: str = "parameter"
+) -> PartitionSpec:
     """PartitionSpec of one parameter: `axes` names its dimensions, `shape` gives their sizes.
 
     Where two dimensions want the same mesh axis, the first has it. Mesh axes of size 1 are left out.
@@ -102,11 +109,15 @@ def spec(axes: LogicalAxes, shape: Sequence[int], mesh: Mesh, rules: Rules, name
       ValueError: a dimension does not divide by its mesh axes; the sentence names `name`, the sizes and the fix.
     """
     if len(axes) != len(shape):
-        raise ValueError(f"{name} has shape {tuple(shape)} but {len(axes)} logical axes {tuple(axes)}: name each one.")
+        raise ValueError(
+            f"{name} has shape {tuple(shape)} but {len(axes)} logical axes {tuple(axes)}: name each one."
+        )
     entries: list[tuple[str, ...]] = []
     taken: set[str] = set()
     for logical, size in zip(axes, shape, strict=True):
-        entry = tuple(axis for axis in rules.parameter_axes(logical) if mesh.shape[axis] > 1 and axis not in taken)
+        entry = tuple(
+            axis for axis in rules.parameter_axes(logical) if mesh.shape[axis] > 1 and axis not in taken
+        )
         ways = math.prod(mesh.shape[axis] for axis in entry)
         if size % ways:
             fits = [way for way in range(1, ways + 1) if size % way == 0]
@@ -141,8 +152,12 @@ def param_shardings(logical_axes: Any, abstract_params: Any, mesh: Mesh, rules: 
     leaves, tree = jax.tree.flatten(abstract_params)
     axes_leaves, axes_tree = jax.tree.flatten(logical_axes, is_leaf=is_axes)
     if tree != axes_tree or len(leaves) != len(axes_leaves):
-        raise ValueError(f"The parameters and their logical axes are different trees: {tree} and {axes_tree}.")
-    return jax.tree_util.tree_map_with_path(one, abstract_params, jax.tree.unflatten(tree, map(_Axes, axes_leaves)))
+        raise ValueError(
+            f"The parameters and their logical axes are different trees: {tree} and {axes_tree}."
+        )
+    return jax.tree_util.tree_map_with_path(
+        one, abstract_params, jax.tree.unflatten(tree, map(_Axes, axes_leaves))
+    )
 
 
 class _Axes(tuple):
@@ -210,7 +225,9 @@ def host_shard(mesh: Mesh) -> tuple[int, int]:
         )
     mine = positions.get(jax.process_index())
     if mine is None:
-        raise ValueError("This process has no device in the mesh: build the mesh over the devices of every process.")
+        raise ValueError(
+            "This process has no device in the mesh: build the mesh over the devices of every process."
+        )
     return groups.index(tuple(sorted(mine))), len(groups)
 
 
@@ -221,7 +238,9 @@ def put_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
         return {key: jax.device_put(value, sharding) for key, value in batch.items()}
     shards = host_shard(mesh)[1]
     return {
-        key: jax.make_array_from_process_local_data(sharding, value, (value.shape[0] * shards, *value.shape[1:]))
+        key: jax.make_array_from_process_local_data(
+            sharding, value, (value.shape[0] * shards, *value.shape[1:])
+        )
         for key, value in batch.items()
     }
 
@@ -262,11 +281,15 @@ def constrain(x: jax.Array, logical_axes: LogicalAxes) -> jax.Array:
         return x
     mesh, rules = context
     if len(logical_axes) != x.ndim:
-        raise ValueError(f"constrain: an array of shape {x.shape} with {len(logical_axes)} names {tuple(logical_axes)}.")
+        raise ValueError(
+            f"constrain: an array of shape {x.shape} with {len(logical_axes)} names {tuple(logical_axes)}."
+        )
     entries: list[tuple[str, ...]] = []
     taken: set[str] = set()
     for logical, size in zip(logical_axes, x.shape, strict=True):
-        entry = tuple(axis for axis in rules.activation_axes(logical) if mesh.shape[axis] > 1 and axis not in taken)
+        entry = tuple(
+            axis for axis in rules.activation_axes(logical) if mesh.shape[axis] > 1 and axis not in taken
+        )
         if size % math.prod(mesh.shape[axis] for axis in entry):
             entry = ()
         taken.update(entry)
@@ -281,7 +304,9 @@ def _as_tuple(axes: MeshAxes) -> tuple[str, ...]:
     return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
 
 
-def _lookup(logical: str | None, changes: Mapping[str, MeshAxes], defaults: Mapping[str, MeshAxes]) -> tuple[str, ...]:
+def _lookup(
+    logical: str | None, changes: Mapping[str, MeshAxes], defaults: Mapping[str, MeshAxes]
+) -> tuple[str, ...]:
     if logical is None:
         return ()
     if logical not in defaults:

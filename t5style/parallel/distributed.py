@@ -1,0 +1,214 @@
+"""Several processes as one program: start-up from the environment, barriers, agreement.
+
+Which processes there are is read from the environment, in this order:
+
+1. `COORDINATOR_ADDRESS` (host:port of process 0), `NUM_PROCESSES` and `PROCESS_ID`: all three or none.
+2. Cloud TPU on GKE (or any set-up that names the workers): `TPU_WORKER_HOSTNAMES` (or `TPU_PROCESS_ADDRESSES`) and
+   `TPU_WORKER_ID`; several slices add `MEGASCALE_COORDINATOR_ADDRESS`, `MEGASCALE_NUM_SLICES`, `MEGASCALE_SLICE_ID`.
+3. Cloud TPU VMs: the same facts from the machine's metadata server.
+4. Otherwise there is one process and nothing to start.
+
+`T5STYLE_STARTUP_TIMEOUT` (seconds, default 300) is how long processes wait for each other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import pathlib
+import re
+import socket
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from t5style.parallel.rendezvous import StartupError, roll_call
+
+# The port that JAX itself takes on Cloud TPU, where nobody names one.
+TPU_COORDINATOR_PORT = 8482
+_FIELD = 256  # bytes of each of the strings that `check_same` exchanges
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """Who takes part: `host:port` of process 0, how many processes, which one this is, host names where known."""
+
+    coordinator: str
+    num_processes: int
+    process_id: int
+    hosts: Mapping[int, str] = dataclasses.field(default_factory=dict)
+
+
+def initialize() -> bool:
+    """Joins the processes that the environment names; call it before anything touches a device.
+
+    Returns:
+      Whether there are several processes. A second call does nothing.
+
+    Raises:
+      StartupError: the environment is incomplete, or processes are absent after the timeout (they are named).
+    """
+    if jax.distributed.is_initialized():
+        return True
+    timeout = _startup_timeout()
+    cluster = find_cluster()
+    if cluster is None or cluster.num_processes == 1:
+        return False
+    roll_call(cluster.coordinator, cluster.num_processes, cluster.process_id, timeout, cluster.hosts)
+    jax.distributed.initialize(
+        coordinator_address=cluster.coordinator,
+        num_processes=cluster.num_processes,
+        process_id=cluster.process_id,
+        initialization_timeout=max(1, round(timeout)),
+        cluster_detection_method="deactivate",
+    )
+    return True
+
+
+def is_main() -> bool:
+    """Whether this is process 0, the one that writes and speaks."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Waits until every process has come to the barrier of this name."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def check_same(what: str, value: str) -> None:
+    """Checks that every process has the same `value`, for example its configuration's fingerprint.
+
+    Raises:
+      StartupError: in every process, naming the hosts that differ from process 0.
+    """
+    if jax.process_count() == 1:
+        return
+    mine = np.zeros((2, _FIELD), np.uint8)  # [host and value, bytes]
+    for row, text in enumerate((socket.gethostname(), value)):
+        data = text.encode()[:_FIELD]
+        mine[row, : len(data)] = np.frombuffer(data, np.uint8)
+    everyone = np.asarray(multihost_utils.process_allgather(mine))  # [processes, 2, bytes]
+    texts = [
+        [bytes(field).rstrip(b"\0").decode(errors="replace") for field in process] for process in everyone
+    ]
+    differing = [
+        f"process {index} on {host} has {other}"
+        for index, (host, other) in enumerate(texts)
+        if other != texts[0][1]
+    ]
+    if differing:
+        raise StartupError(
+            f"The hosts do not run the same {what}: process 0 on {texts[0][0]} has {texts[0][1]}, but "
+            f"{', '.join(differing[:8])}{' ...' if len(differing) > 8 else ''}. Give every host the same code, gin "
+            f"files and flags."
+        )
+
+
+def find_cluster() -> Cluster | None:
+    """The processes that the environment names, or None when it names none.
+
+    Raises:
+      StartupError: it names them incompletely.
+    """
+    return _from_variables() or _from_tpu_variables() or _from_metadata()
+
+
+def _startup_timeout() -> float:
+    given = os.environ.get("T5STYLE_STARTUP_TIMEOUT", "300")
+    try:
+        timeout = float(given)
+    except ValueError:
+        timeout = 0.0
+    if timeout <= 0:
+        raise StartupError(f"T5STYLE_STARTUP_TIMEOUT={given!r} must be a number of seconds above 0.")
+    return timeout
+
+
+def _from_variables() -> Cluster | None:
+    names = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
+    given = {name: os.environ[name] for name in names if os.environ.get(name)}
+    if not given:
+        return None
+    missing = [name for name in names if name not in given]
+    if missing:
+        raise StartupError(
+            f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} set but {' and '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not: set all of {', '.join(names)} for several processes, or none."
+        )
+    count, process = (
+        _number("NUM_PROCESSES", given["NUM_PROCESSES"]),
+        _number("PROCESS_ID", given["PROCESS_ID"]),
+    )
+    if count < 1 or process >= count:
+        raise StartupError(f"PROCESS_ID={process} must be from 0 to NUM_PROCESSES - 1 = {count - 1}.")
+    return Cluster(given["COORDINATOR_ADDRESS"], count, process)
+
+
+def _from_tpu_variables() -> Cluster | None:
+    workers = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES")
+    if not workers:
+        return None
+    if "TPU_WORKER_ID" not in os.environ:
+        raise StartupError(
+            "TPU_WORKER_HOSTNAMES is set but TPU_WORKER_ID is not: give each worker its number."
+        )
+    worker = _number("TPU_WORKER_ID", os.environ["TPU_WORKER_ID"])
+    return _tpu_cluster([part.split(":")[0] for part in workers.split(",")], worker, os.environ)
+
+
+def _from_metadata() -> Cluster | None:
+    """Facts of a Cloud TPU VM; its metadata server is asked only on a machine that has TPU chips."""
+    chips = any(pathlib.Path("/dev").glob("accel[0-9]*")) or any(pathlib.Path("/dev/vfio").glob("[0-9]*"))
+    if not chips or importlib.util.find_spec("libtpu") is None or os.environ.get("JAX_PLATFORMS") == "cpu":
+        return None
+    endpoints, number = _metadata("worker-network-endpoints"), _metadata("agent-worker-number")
+    if not endpoints or not number:
+        return None
+    # Each endpoint is a host name, or name:id:address in the older form.
+    workers = [part.split(":")[-1] for part in endpoints.split(",")]
+    settings = dict(re.findall(r"^\s*(\w+)\s*:\s*'?([^'\n]*)'?\s*$", _metadata("tpu-env") or "", flags=re.M))
+    return _tpu_cluster(workers, _number("agent-worker-number", number), {**settings, **os.environ})
+
+
+def _tpu_cluster(workers: list[str], worker: int, settings: Mapping[str, str]) -> Cluster:
+    """Processes numbered slice by slice, as JAX numbers them on Cloud TPU."""
+    slices = _number("MEGASCALE_NUM_SLICES", settings.get("MEGASCALE_NUM_SLICES") or "1")
+    this_slice = _number("MEGASCALE_SLICE_ID", settings.get("MEGASCALE_SLICE_ID") or "0")
+    leader = (settings.get("MEGASCALE_COORDINATOR_ADDRESS") or workers[0]).split(":")[0]
+    first = this_slice * len(workers)
+    hosts = {
+        process: f"slice {process // len(workers)}, worker {process % len(workers)}"
+        for process in range(slices * len(workers))
+    }
+    hosts.update({first + index: host for index, host in enumerate(workers)})
+    return Cluster(f"{leader}:{TPU_COORDINATOR_PORT}", slices * len(workers), first + worker, hosts)
+
+
+def _metadata(key: str) -> str | None:
+    """One attribute from the metadata server, None where there is no server or no such attribute."""
+    server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
+    request = urllib.request.Request(
+        f"http://{server}/computeMetadata/v1/instance/attributes/{key}", headers={"Metadata-Flavor": "Google"}
+    )
+    try:
+        # No proxy: the server is on this machine's own link.
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10) as answer:
+            return answer.read().decode()
+    except urllib.error.HTTPError as error:
+        if error.code == 404:
+            return None
+        raise StartupError(f"The metadata server answered {error.code} to {key!r}: try again.") from error
+    except OSError:
+        return None
+
+
+def _number(name: str, text: str) -> int:
+    if not text.strip().isdigit():
+        raise StartupError(f"{name}={text!r} must be a whole number from 0.")
+    return int(text)
