@@ -1,0 +1,128 @@
+"""What training changes: step, parameters and optimiser state, made sharded from the start."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+
+from t5style.models import params as model_params
+from t5style.models.config import TransformerConfig
+from t5style.parallel import mesh as mesh_lib
+from t5style.parallel import rules as rules_lib
+
+
+@struct.dataclass
+class TrainState:
+    """A pytree.
+
+    Attributes:
+      step: int32 scalar, the number of updates made.
+      params: nested dict of arrays, in the config's param_dtype (f32 unless said otherwise: the master copy).
+      opt_state: optax's.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+
+def abstract_state(config: TransformerConfig, optimizer: optax.GradientTransformation) -> TrainState:
+    """ShapeDtypeStructs of the state; nothing is allocated."""
+    return jax.eval_shape(lambda: _fresh(config, optimizer, jax.random.key(0)))
+
+
+def state_shardings(
+    abstract: TrainState, config: TransformerConfig, mesh: Mesh, rules: rules_lib.Rules | None = None
+) -> TrainState:
+    """Shardings of the state: optimiser moments lie where their parameters lie.
+
+    An optimiser leaf belongs to the parameter whose path it contains. Of the same shape, it gets the same sharding; of
+    another (Adafactor's row and column statistics, a few vectors per matrix) it is replicated.
+
+    Raises:
+      ValueError: a parameter's dimension does not divide by its mesh axes.
+    """
+    params = rules_lib.param_shardings(model_params.logical_axes(config), abstract.params, mesh, rules)
+    whole = mesh_lib.replicated(mesh)
+    shapes = {keys: leaf.shape for keys, leaf in jax.tree_util.tree_flatten_with_path(abstract.params)[0]}
+    where = dict(jax.tree_util.tree_flatten_with_path(params)[0])
+    depths = sorted({len(keys) for keys in where})
+
+    def owner(path: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        for start in range(len(path)):
+            for depth in depths:
+                if path[start : start + depth] in where:
+                    return path[start : start + depth]
+        return None
+
+    def one(path: tuple[Any, ...], leaf: Any) -> Any:
+        keys = owner(path)
+        return where[keys] if keys is not None and shapes[keys] == leaf.shape else whole
+
+    return TrainState(
+        step=whole,
+        params=params,
+        opt_state=jax.tree_util.tree_map_with_path(one, abstract.opt_state),
+    )
+
+
+def with_shardings(abstract: Any, shardings: Any) -> Any:
+    """The ShapeDtypeStructs with their shardings in them: what a checkpoint is restored onto."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
+    )
+
+
+def init_state(
+    config: TransformerConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    rules: rules_lib.Rules | None = None,
+    seed: int = 0,
+    params: Any = None,
+) -> TrainState:
+    """A state at step 0, each device making only its own part.
+
+    Args:
+      config: the model.
+      optimizer: the optax transformation.
+      mesh: where the state goes.
+      rules: logical-axis rules.
+      seed: of the initial parameters; they are the same on every mesh (jax's partitionable Threefry).
+      params: parameters to start from instead of random ones (moved onto the mesh).
+    """
+    abstract = abstract_state(config, optimizer)
+    shardings = state_shardings(abstract, config, mesh, rules)
+    if params is None:
+        make = jax.jit(lambda key: _fresh(config, optimizer, key), out_shardings=shardings)
+        return make(jax.random.key(seed))
+    params = jax.tree.map(
+        lambda p, like, sharding: jax.device_put(p.astype(like.dtype), sharding),
+        params,
+        abstract.params,
+        shardings.params,
+    )
+    make_opt = jax.jit(optimizer.init, out_shardings=shardings.opt_state)
+    step = jax.device_put(jnp.int32(0), shardings.step)
+    return TrainState(step=step, params=params, opt_state=make_opt(params))
+
+
+def _fresh(config: TransformerConfig, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    params = model_params.init_params(config, key)
+    return TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
+
+
+def bytes_per_device(abstract: Any, shardings: Any) -> int:
+    """Bytes one device holds of a tree laid out by `shardings`."""
+    total = 0
+    for leaf, sharding in zip(jax.tree.leaves(abstract), jax.tree.leaves(shardings), strict=True):
+        count = 1
+        for size in sharding.shard_shape(leaf.shape):
+            count *= size
+        total += count * leaf.dtype.itemsize
+    return total
