@@ -3,8 +3,9 @@
 Which processes there are is read from the environment, in this order:
 
 1. `COORDINATOR_ADDRESS` (host:port of process 0), `NUM_PROCESSES` and `PROCESS_ID`: all three or none.
-2. Cloud TPU on GKE (or any set-up that names the workers): `TPU_WORKER_HOSTNAMES` (or `TPU_PROCESS_ADDRESSES`) and
-   `TPU_WORKER_ID`; several slices add `MEGASCALE_COORDINATOR_ADDRESS`, `MEGASCALE_NUM_SLICES`, `MEGASCALE_SLICE_ID`.
+2. Cloud TPU on GKE (or any set-up that names the workers): `TPU_WORKER_HOSTNAMES` (or
+   `TPU_PROCESS_ADDRESSES`) and `TPU_WORKER_ID`; several slices add `MEGASCALE_COORDINATOR_ADDRESS`,
+   `MEGASCALE_NUM_SLICES`, `MEGASCALE_SLICE_ID`.
 3. Cloud TPU VMs: the same facts from the machine's metadata server.
 4. Otherwise there is one process and nothing to start.
 
@@ -36,7 +37,8 @@ _FIELD = 256  # bytes of each of the strings that `check_same` exchanges
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """Who takes part: `host:port` of process 0, how many processes, which one this is, host names where known."""
+    """Who takes part: `host:port` of process 0, how many processes, which one this is, host names where
+    known."""
 
     coordinator: str
     num_processes: int
@@ -105,8 +107,8 @@ def check_same(what: str, value: str) -> None:
     if differing:
         raise StartupError(
             f"The hosts do not run the same {what}: process 0 on {texts[0][0]} has {texts[0][1]}, but "
-            f"{', '.join(differing[:8])}{' ...' if len(differing) > 8 else ''}. Give every host the same code, gin "
-            f"files and flags."
+            f"{', '.join(differing[:8])}{' ...' if len(differing) > 8 else ''}. Give every host the same "
+            "code, gin files and flags."
         )
 
 
@@ -139,7 +141,8 @@ def _from_variables() -> Cluster | None:
     if missing:
         raise StartupError(
             f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} set but {' and '.join(missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} not: set all of {', '.join(names)} for several processes, or none."
+            f"{'is' if len(missing) == 1 else 'are'} not: set all of {', '.join(names)} for several "
+            "processes, or none."
         )
     count, process = (
         _number("NUM_PROCESSES", given["NUM_PROCESSES"]),

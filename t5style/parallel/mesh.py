@@ -1,12 +1,14 @@
 """The device mesh: six named axes, always present, most of them usually of size 1.
 
-A mesh is a grid of devices. Which tensor dimension is split over which axis is decided in `rules`; this file only lays
-the devices out. All six axes exist in every mesh, so that nothing downstream asks whether an axis is there.
+A mesh is a grid of devices. Which tensor dimension is split over which axis is decided in `rules`; this file
+only lays the devices out. All six axes exist in every mesh, so that nothing downstream asks whether an axis
+is there.
 
-Order, slowest to fastest varying: data, stage, fsdp, expert, sequence, tensor. Neighbouring devices (same host, same
-ring) differ in the last axes, so the axes that communicate most per step come last: tensor parallelism exchanges
-activations in every layer, pipeline stages only pass their boundary on, and data parallelism sums gradients once.
-The same order is what lets `data` alone span slices that are joined by the slower data-centre network.
+Order, slowest to fastest varying: data, stage, fsdp, expert, sequence, tensor. Neighbouring devices (same
+host, same ring) differ in the last axes, so the axes that communicate most per step come last: tensor
+parallelism exchanges activations in every layer, pipeline stages only pass their boundary on, and data
+parallelism sums gradients once. The same order is what lets `data` alone span slices that are joined by the
+slower data-centre network.
 """
 
 from __future__ import annotations
@@ -37,8 +39,8 @@ class MeshConfig:
       tensor: heads, hidden units and vocabulary are divided (Megatron-style).
       expert: experts of a mixture are divided.
       stage: layers are divided into pipeline stages.
-      devices: use only the first so many devices of a single process; None uses all. A mesh that leaves devices idle
-        has to say so here.
+      devices: use only the first so many devices of a single process; None uses all. A mesh that leaves
+        devices idle has to say so here.
     """
 
     data: int = -1
@@ -59,8 +61,8 @@ class MeshConfig:
         rest = [axis for axis, size in sizes.items() if size == -1]
         if len(rest) > 1:
             raise ValueError(
-                f"Mesh axes {' and '.join(rest)} are all -1, but only one axis can take the rest: "
-                f"give the others a size."
+                f"Mesh axes {' and '.join(rest)} are -1, but only one axis can take the rest: give the "
+                "others a size (data is -1 unless you set it)."
             )
         if self.devices is not None and (not isinstance(self.devices, int) or self.devices < 1):
             raise ValueError(
@@ -74,28 +76,21 @@ class MeshConfig:
           ValueError: the sizes do not multiply to `num_devices`.
         """
         sizes = {axis: getattr(self, axis) for axis in AXES}
+        said = " × ".join(f"{axis} {size}" for axis, size in sizes.items() if size not in (1, -1)) or "data 1"
         fixed = math.prod(size for size in sizes.values() if size != -1)
-        said = (
-            " × ".join(f"{axis}={size}" for axis, size in sizes.items() if size not in (1, -1))
-            or "all axes 1"
-        )
-        for axis, size in sizes.items():
-            if size == -1:
-                if num_devices % fixed:
-                    raise ValueError(
-                        f"The mesh {said} = {fixed} does not divide the {num_devices} devices, so nothing is left "
-                        f"for {axis}=-1: choose sizes whose product divides {num_devices}."
-                    )
-                sizes[axis] = num_devices // fixed
-                fixed = num_devices
-        if fixed != num_devices:
+        rest = [axis for axis, size in sizes.items() if size == -1]
+        if rest and num_devices % fixed == 0:
+            return {**sizes, rest[0]: num_devices // fixed}
+        if rest:
             raise ValueError(
-                f"The mesh {said} needs {fixed} devices but there are {num_devices}: set one axis to -1 to take the "
-                f"rest, choose sizes that multiply to {num_devices}, or set MeshConfig.devices={fixed} to leave "
-                f"devices idle."
-                if fixed < num_devices
-                else f"The mesh {said} needs {fixed} devices but there are only {num_devices}: choose sizes that "
-                f"multiply to {num_devices}, or set one axis to -1."
+                f"The mesh {said} does not divide the {num_devices} devices, so nothing is left for "
+                f"{rest[0]}=-1: choose sizes whose product divides {num_devices}."
+            )
+        if fixed != num_devices:
+            idle = f", or leave devices idle with MeshConfig.devices={fixed}" if fixed < num_devices else ""
+            raise ValueError(
+                f"The mesh {said} needs {fixed} devices but there are {num_devices}: choose sizes that "
+                f"multiply to {num_devices}, or set one axis to -1{idle}."
             )
         return sizes
 
@@ -111,13 +106,13 @@ class MeshConfig:
         if self.devices is not None:
             if jax.process_count() > 1 and self.devices != len(devices):
                 raise ValueError(
-                    f"MeshConfig.devices={self.devices} of {len(devices)} works in a single process only: with "
-                    f"{jax.process_count()} processes every device must be in the mesh."
+                    f"MeshConfig.devices={self.devices} of {len(devices)} works in a single process only: "
+                    f"with {jax.process_count()} processes every device must be in the mesh."
                 )
             if self.devices > len(devices):
                 raise ValueError(
-                    f"MeshConfig.devices={self.devices} but there are only {len(devices)} devices: lower it, or set "
-                    f"it to None to use them all."
+                    f"MeshConfig.devices={self.devices} but there are only {len(devices)} devices: lower it, "
+                    "or set it to None to use them all."
                 )
             devices = devices[: self.devices]
         sizes = self.sizes(len(devices))
@@ -134,8 +129,8 @@ def _layout(sizes: dict[str, int], devices: list[Any]) -> np.ndarray:
     if slices > 1:
         if sizes["data"] % slices:
             raise ValueError(
-                f"There are {slices} TPU slices, and only the data axis may span slices, but data={sizes['data']} is "
-                f"not a multiple of {slices}: set data to a multiple of {slices}."
+                f"There are {slices} TPU slices, and only the data axis may span slices, but "
+                f"data={sizes['data']} is not a multiple of {slices}: set data to a multiple of {slices}."
             )
         inner = (sizes["data"] // slices, *shape[1:])
         outer = (slices,) + (1,) * (len(shape) - 1)

@@ -1,16 +1,20 @@
 """Roll call of processes before JAX's own start-up.
 
-`jax.distributed.initialize` aborts the process (a C++ fatal error without a name in it) when a process does not come.
-So every process first reports to process 0 over a plain TCP connection, on the very port that JAX will use next.
-When all are there, process 0 lets them go on; when the time is over, everybody who came learns who did not.
+`jax.distributed.initialize` aborts the process (a C++ fatal error without a name in it) when a process does
+not come. So every process first reports to process 0 over a plain TCP connection, on the very port that JAX
+will use next. When all are there, process 0 lets them go on; when the time is over, everybody who came learns
+who did not.
 
-Protocol: a client sends one line of JSON, {"process", "processes", "host"}, and gets one line back, {"error": null or
-a sentence}. The client closes first, so that no half-closed connection holds the port when JAX opens it.
+Protocol: a client sends one line of JSON, {"process", "processes", "host"}, and gets one line back, {"error"}
+with null or a sentence. The client closes first, so that no half-closed connection holds the port when JAX
+opens it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import select
 import socket
 import time
 from collections.abc import Mapping
@@ -38,8 +42,9 @@ def roll_call(
       hosts: host names by process, where the environment tells them; only for the error.
 
     Raises:
-      StartupError: in every process that came, after at most `timeout` seconds (and a few more for the message), with
-        the absent processes; or at once, when two processes claim the same number or disagree on how many they are.
+      StartupError: in every process that came, after at most `timeout` seconds (and a few more for the
+        message), with the absent processes; or at once, when two processes claim the same number or disagree
+        on how many they are.
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
@@ -53,66 +58,71 @@ def roll_call(
 
 
 def _lead(port: int, num_processes: int, timeout: float, hosts: Mapping[int, str]) -> None:
+    """Process 0: counts the others and answers them all."""
     deadline = time.monotonic() + timeout
     present: dict[int, tuple[str, socket.socket]] = {}
+    answered: list[socket.socket] = []
     error: str | None = None
     try:
         server = _listen(port)
     except OSError as problem:
         raise StartupError(
-            f"Process 0 cannot listen on port {port} ({problem.strerror or problem}): another program has it; give "
-            f"COORDINATOR_ADDRESS another port."
+            f"Process 0 cannot listen on port {port} ({problem.strerror or problem}): another program has "
+            "it, so give COORDINATOR_ADDRESS another port."
         ) from problem
     with server:
         while len(present) < num_processes - 1 and error is None:
             server.settimeout(max(0.01, deadline - time.monotonic()))
             try:
-                connection, peer = server.accept()
-                # A client writes at once; whoever does not (a port scanner) must not use up the others' time.
-                connection.settimeout(5.0)
+                connection, _ = server.accept()
+            except TimeoutError:
+                error = _absence(num_processes, present, hosts, timeout)
+                break
+            # A client writes at once; whoever does not (a port scanner) must not use up the others' time.
+            connection.settimeout(5.0)
+            try:
                 message = _read(connection)
                 process, processes, host = (
                     int(message["process"]),
                     int(message["processes"]),
                     str(message["host"]),
                 )
-            except TimeoutError:
-                if time.monotonic() >= deadline:
-                    error = _absence(num_processes, present, hosts, timeout)
-                continue
             except (OSError, ValueError, KeyError, TypeError):
-                connection.close()  # not one of ours
+                connection.close()
                 continue
+            answered.append(connection)
             if processes != num_processes:
                 error = (
                     f"Process {process} on {host} was told there are {processes} processes, process 0 on "
-                    f"{socket.gethostname()} that there are {num_processes}: give both the same NUM_PROCESSES."
-                )
-            elif process in present and present[process][0] != host:
-                error = (
-                    f"Both {present[process][0]} and {host} say they are process {process}: give each host its own "
-                    f"PROCESS_ID from 0 to {num_processes - 1}."
+                    f"{socket.gethostname()} that there are {num_processes}: give both the same "
+                    "NUM_PROCESSES."
                 )
             elif not 0 < process < num_processes:
                 error = (
-                    f"{host} says it is process {process}, but that is not a free number from 1 to "
-                    f"{num_processes - 1}: give each host its own PROCESS_ID."
+                    f"{host} says it is process {process}, which is not a free number from 1 to "
+                    f"{num_processes - 1}: give each process a PROCESS_ID of its own."
                 )
-            if process in present:
-                present[process][1].close()  # the same host again: it was restarted
-            present[process] = (host, connection)
-            if error is not None:
-                connection.settimeout(5.0)
-    for _, connection in present.values():
-        try:
+            elif process in present and not _closed(present[process][1]):
+                error = (
+                    f"Two programs say they are process {process}, on {present[process][0]} and on {host}: "
+                    f"give each a PROCESS_ID of its own from 0 to {num_processes - 1}."
+                )
+            else:  # new, or one that had gone and was started again
+                present[process] = (host, connection)
+    for connection in answered:
+        with (
+            connection,
+            contextlib.suppress(OSError),
+        ):  # who has gone meanwhile is noticed by JAX's own start-up
             connection.sendall(json.dumps({"error": error}).encode() + b"\n")
             connection.recv(1)  # the client's close
-        except OSError:
-            pass  # it is gone; JAX's own start-up notices if that matters
-        finally:
-            connection.close()
     if error is not None:
         raise StartupError(error)
+
+
+def _closed(connection: socket.socket) -> bool:
+    """Whether the peer has closed; it never sends a second line, so anything readable is its end."""
+    return bool(select.select([connection], [], [], 0)[0])
 
 
 def _absence(num_processes: int, present: Mapping[int, Any], hosts: Mapping[int, str], timeout: float) -> str:
@@ -120,9 +130,9 @@ def _absence(num_processes: int, present: Mapping[int, Any], hosts: Mapping[int,
     named = [f"{process} ({hosts[process]})" if process in hosts else str(process) for process in absent[:16]]
     more = f" and {len(absent) - 16} more" if len(absent) > 16 else ""
     return (
-        f"After {timeout:g} s only {num_processes - len(absent)} of {num_processes} processes have started; absent: "
-        f"{', '.join(named)}{more}. Start the same command on every host, or look there for why it ended (longer "
-        f"waiting: T5STYLE_STARTUP_TIMEOUT)."
+        f"After {timeout:g} s only {num_processes - len(absent)} of {num_processes} processes have started; "
+        f"absent: {', '.join(named)}{more}. Start the same command on every host, or look there for why it "
+        "ended (longer waiting: T5STYLE_STARTUP_TIMEOUT)."
     )
 
 

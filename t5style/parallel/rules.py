@@ -1,17 +1,18 @@
 """Which logical axis is divided over which mesh axes.
 
-Layers name the dimensions of what they make (`embed`, `mlp`, `heads`, ...) and never a mesh axis. Two tables turn names
-into mesh axes: one for parameters (decides where they are stored) and one for activations (decides how work is
-divided). They differ: `embed` of a parameter is divided over `fsdp`, while `embed` of an activation is whole, because
-there the batch already uses `fsdp`.
+Layers name the dimensions of what they make (`embed`, `mlp`, `heads`, ...) and never a mesh axis. Two tables
+turn names into mesh axes: one for parameters (decides where they are stored) and one for activations (decides
+how work is divided). They differ: `embed` of a parameter is divided over `fsdp`, while `embed` of an
+activation is whole, because there the batch already uses `fsdp`.
 
-Parameters must divide evenly. A dimension that does not is an error before anything is allocated: padding would change
-the model, and replicating silently can cost gigabytes. Who wants a copy on every device says so with
-`Rules(parameters={'vocab': None})`. Activations are only hints for the partitioner, change no result, and a dimension
-that does not divide (a batch of one while decoding) is left whole.
+Parameters must divide evenly. A dimension that does not is an error before anything is allocated: padding
+would change the model, and replicating silently can cost gigabytes. Who wants a copy on every device says so
+with `Rules(parameters={'vocab': None})`. Activations are only hints for the partitioner, change no result,
+and a dimension that does not divide (a batch of one while decoding) is left whole.
 
-The idea of logical axis names and rules is that of Mesh TensorFlow (Shazeer et al. 2018) and T5X; fsdp is ZeRO stage 3
-(Rajbhandari et al. 2020); tensor is Megatron-LM's split of heads, hidden units and vocabulary (Shoeybi et al. 2019).
+The idea of logical axis names and rules is that of Mesh TensorFlow (Shazeer et al. 2018) and T5X; fsdp is
+ZeRO stage 3 (Rajbhandari et al. 2020); tensor is Megatron-LM's split of heads, hidden units and vocabulary
+(Shoeybi et al. 2019).
 """
 
 from __future__ import annotations
@@ -106,7 +107,8 @@ def spec(
     Where two dimensions want the same mesh axis, the first has it. Mesh axes of size 1 are left out.
 
     Raises:
-      ValueError: a dimension does not divide by its mesh axes; the sentence names `name`, the sizes and the fix.
+      ValueError: a dimension does not divide by its mesh axes; the sentence names `name`, the sizes and the
+        fix.
     """
     if len(axes) != len(shape):
         raise ValueError(
@@ -123,9 +125,10 @@ def spec(
             fits = [way for way in range(1, ways + 1) if size % way == 0]
             upward = -(-size // ways) * ways
             raise ValueError(
-                f"{name}: its axis {logical!r} of size {size} does not divide by {'·'.join(entry)}={ways}. Choose "
-                f"{'·'.join(entry)} among {', '.join(map(str, fits))}, make the size a multiple of {ways} "
-                f"({upward}, say), or keep a whole copy on each device with Rules(parameters={{{logical!r}: None}})."
+                f"{name}: its axis {logical!r} of size {size} does not divide by {'·'.join(entry)}={ways}. "
+                f"Choose {'·'.join(entry)} among {', '.join(map(str, fits))}, make the size a multiple of "
+                f"{ways} ({upward}, say), or keep a whole copy on each device with "
+                f"Rules(parameters={{{logical!r}: None}})."
             )
         taken.update(entry)
         entries.append(entry)
@@ -142,26 +145,30 @@ def param_shardings(logical_axes: Any, abstract_params: Any, mesh: Mesh, rules: 
       rules: the table; None for the defaults.
 
     Raises:
-      ValueError: the trees differ, or a dimension does not divide by its mesh axes.
+      ValueError: the trees differ, a dimension does not divide by its mesh axes, or a mesh axis divides
+        nothing.
     """
     rules = rules or Rules()
-
-    def one(path: Any, leaf: Any, axes: Any) -> NamedSharding:
-        return NamedSharding(mesh, spec(axes, leaf.shape, mesh, rules, name=path_name(path)))
-
-    leaves, tree = jax.tree.flatten(abstract_params)
-    axes_leaves, axes_tree = jax.tree.flatten(logical_axes, is_leaf=is_axes)
-    if tree != axes_tree or len(leaves) != len(axes_leaves):
+    leaves, tree = jax.tree_util.tree_flatten_with_path(abstract_params)
+    named = [(path_name(path), leaf) for path, leaf in leaves]
+    axes = {
+        path_name(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(logical_axes, is_leaf=is_axes)
+    }
+    if unmatched := sorted(axes.keys() ^ {name for name, _ in named}):
         raise ValueError(
-            f"The parameters and their logical axes are different trees: {tree} and {axes_tree}."
+            f"The tree of parameters and the tree of their logical axes differ at {unmatched[0]}."
         )
-    return jax.tree_util.tree_map_with_path(
-        one, abstract_params, jax.tree.unflatten(tree, map(_Axes, axes_leaves))
-    )
-
-
-class _Axes(tuple):
-    """A tuple of names that tree functions take for a leaf (they look at the exact type)."""
+    specs = [spec(axes[name], leaf.shape, mesh, rules, name) for name, leaf in named]
+    used = {axis for one in specs for entry in one for axis in _as_tuple(entry)}
+    used.update(rules.activation_axes("batch"), rules.activation_axes("length"))
+    for axis, size in mesh.shape.items():
+        if size > 1 and axis not in used:
+            raise ValueError(
+                f"The mesh axis {axis}={size} divides nothing in this model, so {size} groups of devices "
+                f"would all do the same work: set {axis}=1."
+            )
+    return jax.tree.unflatten(tree, [NamedSharding(mesh, one) for one in specs])
 
 
 def is_axes(value: Any) -> bool:
@@ -194,17 +201,17 @@ def check_batch(batch_size: int, mesh: Mesh, accumulation: int = 1) -> None:
         accumulated = f" × accumulation {accumulation}" if accumulation > 1 else ""
         near = sorted({max(1, batch_size // unit) * unit, -(-batch_size // unit) * unit})
         raise ValueError(
-            f"The batch of {batch_size} rows does not divide by data {data} × fsdp {fsdp}{accumulated} = {unit}: "
-            f"choose {' or '.join(map(str, near))} rows, or a mesh with a smaller data × fsdp."
+            f"The batch of {batch_size} rows does not divide by data {data} × fsdp {fsdp}{accumulated} = "
+            f"{unit}: choose {' or '.join(map(str, near))} rows, or a mesh with a smaller data × fsdp."
         )
 
 
 def host_shard(mesh: Mesh) -> tuple[int, int]:
     """Which part of each batch this process reads: (shard, number of shards) for `BatchSource.batch_at`.
 
-    Processes whose devices hold the same rows (tensor or sequence parallelism across hosts) read the same shard. Where
-    the topology interleaves the hosts' devices, a shard's rows land on the host's own devices: the global batch is then
-    the same rows in another order.
+    Processes whose devices hold the same rows (tensor or sequence parallelism across hosts) read the same
+    shard. Where the topology interleaves the hosts' devices, a shard's rows land on the host's own devices:
+    the global batch is then the same rows in another order.
 
     Raises:
       ValueError: the processes share some rows but not all, which no even split can serve.
@@ -220,8 +227,8 @@ def host_shard(mesh: Mesh) -> tuple[int, int]:
     groups = sorted({tuple(sorted(held)) for held in positions.values()})
     if sum(map(len, groups)) != len(rows) or len({len(group) for group in groups}) != 1:
         raise ValueError(
-            f"The mesh {dict(mesh.shape)} gives the {len(positions)} processes overlapping parts of the batch: make "
-            f"data × fsdp = {len(rows)} a multiple or a divisor of the number of processes."
+            f"The mesh {dict(mesh.shape)} gives the {len(positions)} processes overlapping parts of the "
+            f"batch: make data × fsdp = {len(rows)} a multiple or a divisor of the number of processes."
         )
     mine = positions.get(jax.process_index())
     if mine is None:
@@ -232,7 +239,8 @@ def host_shard(mesh: Mesh) -> tuple[int, int]:
 
 
 def put_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """Global arrays `[batch, ...]` from this process's rows `[batch / number of shards, ...]` (see `host_shard`)."""
+    """Global arrays `[batch, ...]` from this process's rows `[batch / number of shards, ...]` (see
+    `host_shard`)."""
     sharding = batch_sharding(mesh)
     if jax.process_count() == 1:
         return {key: jax.device_put(value, sharding) for key, value in batch.items()}
@@ -270,8 +278,8 @@ def current_mesh() -> Mesh | None:
 def constrain(x: jax.Array, logical_axes: LogicalAxes) -> jax.Array:
     """Says how an activation is divided: one logical axis name (or None) per dimension of `x`.
 
-    Outside `use_mesh`, and on a mesh of one device, `x` is returned as it is. A dimension that does not divide is left
-    whole. Works under jit, scan, remat, grad, vmap and abstract evaluation.
+    Outside `use_mesh`, and on a mesh of one device, `x` is returned as it is. A dimension that does not
+    divide is left whole. Works under jit, scan, remat, grad, vmap and abstract evaluation.
 
     Raises:
       ValueError: the number of names is not the number of dimensions, or a name is unknown.
