@@ -1,0 +1,147 @@
+"""Which examples share a row, decided once from their lengths.
+
+Best-fit decreasing on the histogram of lengths (after Krell, Kosec, Perez and Fitzgibbon, "Efficient sequence packing
+without cross-contamination", 2021, there for one length; here each example has two, for encoder and decoder): examples
+of equal lengths are handled together, longest first, and each goes to the open row with the least room left that still
+takes it. The work depends on the number of different lengths, not of examples. Which of the examples
+of equal lengths go together is decided by the seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+# Fullest-first search looks at this many kinds of open rows at most; the fullest are closed beyond that.
+_MAX_OPEN = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Row r holds the examples members[offsets[r]:offsets[r + 1]].
+
+    Attributes:
+      offsets: int64 [rows + 1].
+      members: int64 [examples].
+    """
+
+    offsets: np.ndarray
+    members: np.ndarray
+
+    @property
+    def rows(self) -> int:
+        return len(self.offsets) - 1
+
+
+def one_per_row(members: np.ndarray) -> Plan:
+    """No packing: each example has its own row, in order."""
+    return Plan(np.arange(len(members) + 1), np.asarray(members, np.int64))
+
+
+def efficiency(lengths: np.ndarray, limits: tuple[int, int], plan: Plan) -> tuple[float, float]:
+    """Share of the rows' places that hold tokens, for the encoder and the decoder (0 where its limit is 0)."""
+    used = lengths[plan.members].sum(axis=0)
+    places = np.array(limits) * plan.rows
+    return tuple(float(u / p) if p else 0.0 for u, p in zip(used, places, strict=True))  # type: ignore[return-value]
+
+
+def pack(lengths: np.ndarray, members: np.ndarray, limits: tuple[int, int], seed: int = 0) -> Plan:
+    """Packs examples into rows.
+
+    Args:
+      lengths: int64 [all examples, 2], encoder and decoder tokens of each example, none above `limits`.
+      members: int64 [n], which examples to pack.
+      limits: places for encoder and decoder tokens in a row; a limit of 0 is for a side that has none.
+      seed: decides which examples of equal lengths go together.
+
+    Returns: the plan; every member is in it exactly once, and no row exceeds the limits.
+    """
+    members = np.asarray(members, np.int64)
+    if not len(members):
+        return Plan(np.zeros(1, np.int64), members)
+    if (lengths[members] > np.array(limits)).any():
+        raise ValueError(f"An example is longer than the row's limits {limits}.")
+    # `seed` decides the order among equals: shuffle, then sort stably by lengths.
+    members = np.random.Generator(np.random.PCG64(seed)).permutation(members)
+    sizes = lengths[members]
+    scale = np.maximum(np.array(limits, np.float64), 1.0)
+    weight = (sizes / scale).max(axis=1)
+    order = np.lexsort((sizes[:, 1], sizes[:, 0], -weight))
+    members, sizes = members[order], sizes[order]
+    starts = np.flatnonzero(np.r_[True, (np.diff(sizes, axis=0) != 0).any(axis=1)])
+    counts = np.diff(np.r_[starts, len(members)])
+
+    kinds = _fit(sizes[starts], counts, limits, scale)
+
+    # Every kind of row is a list of length classes and a number of such rows: hand out the classes' examples.
+    taken = starts.copy()
+    rows: list[np.ndarray] = []
+    fill: list[np.ndarray] = []
+    for composition, count in kinds:
+        columns = []
+        for kind in composition:
+            columns.append(members[taken[kind] : taken[kind] + count])
+            taken[kind] += count
+        rows.append(np.stack(columns, axis=1).reshape(-1))  # [count, examples of a row] -> flat
+        fill.append(np.full(count, len(composition)))
+    offsets = np.concatenate([[0], np.cumsum(np.concatenate(fill))])
+    return Plan(offsets.astype(np.int64), np.concatenate(rows))
+
+
+def _fit(
+    sizes: np.ndarray, counts: np.ndarray, limits: tuple[int, int], scale: np.ndarray
+) -> list[tuple[list[int], int]]:
+    """Best fit for length classes in the order given: a list of (classes in the row, number of such rows)."""
+    room = np.zeros((_MAX_OPEN, 2), np.int64)  # what is left in each kind of open row
+    number = np.zeros(_MAX_OPEN, np.int64)  # how many such rows
+    compositions: list[list[int]] = [[] for _ in range(_MAX_OPEN)]
+    open_kinds = 0
+    closed: list[tuple[list[int], int]] = []
+    # No class from here on is smaller than this, so rows with less room are full.
+    smallest = np.minimum.accumulate(sizes[::-1], axis=0)[::-1]
+
+    def put(left: np.ndarray, count: int, composition: list[int], kind: int) -> None:
+        nonlocal open_kinds
+        following = smallest[kind]
+        if (left < following).any():
+            closed.append((composition, count))
+            return
+        if open_kinds == _MAX_OPEN:
+            drop(int(((room[:open_kinds]) / scale).sum(axis=1).argmin()))
+        room[open_kinds], number[open_kinds], compositions[open_kinds] = left, count, composition
+        open_kinds += 1
+
+    def drop(index: int) -> None:
+        nonlocal open_kinds
+        closed.append((compositions[index], int(number[index])))
+        remove(index)
+
+    def remove(index: int) -> None:
+        nonlocal open_kinds
+        open_kinds -= 1
+        room[index], number[index] = room[open_kinds], number[open_kinds]
+        compositions[index] = compositions[open_kinds]
+
+    capacity = np.array(limits, np.int64)
+    for kind, (size, count) in enumerate(zip(sizes, counts.tolist(), strict=True)):
+        while count:
+            left = room[:open_kinds] - size
+            slack = np.where((left >= 0).all(axis=1), (left / scale).sum(axis=1), np.inf)
+            best = int(slack.argmin()) if open_kinds else -1
+            if best < 0 or slack[best] == np.inf:
+                copies = int((capacity[size > 0] // size[size > 0]).min()) if (size > 0).any() else count
+                copies = min(copies, count)
+                new = count // copies
+                put(capacity - copies * size, new, [kind] * copies, kind)
+                count -= new * copies
+                continue
+            use = min(count, int(number[best]))
+            now_left, composition = left[best].copy(), [*compositions[best], kind]
+            number[best] -= use
+            if not number[best]:
+                remove(best)
+            put(now_left, use, composition, kind)
+            count -= use
+    closed += [(compositions[i], int(number[i])) for i in range(open_kinds)]
+    return closed

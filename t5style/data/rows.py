@@ -1,0 +1,223 @@
+"""One task's rows: which tokens of the store make row k of epoch e, and what the objective makes of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from t5style.data import packing
+from t5style.data.objectives import DECODER_ONLY, CausalLM, Examples, Supervised, Windowed, spread
+from t5style.data.random import RowRandom, seed_of
+from t5style.data.task import Task
+from t5style.data.token_store import TokenStore
+from t5style.run_dir import UserError
+
+# grain's shuffle counts rows of an epoch with 32 bits.
+_MAX_ROWS = 2**32 - 1
+
+
+class TaskRows:
+    """Rows of one task's split. Row numbers of training count on through the epochs: row r is row r % train_rows of
+    epoch r // train_rows. Evaluation ("finite") has its own rows: in the store's order, with nothing left out.
+
+    Attributes:
+      train_rows, finite_rows: rows of one epoch, and rows that hold everything once.
+      num_examples: the store's examples in the split (what a mixture's rates count).
+      examples_per_epoch: windows, or supervised examples.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        store: TokenStore,
+        split: str,
+        lengths: Mapping[str, int],
+        architecture: str,
+        seed: int,
+        pack: bool,
+        shuffle: bool,
+    ) -> None:
+        self.task, self.store, self.architecture = task, store, architecture
+        self.split = task.store_split(split)
+        self.seed, self.shuffle = seed, shuffle
+        self.objective = task.objective
+        self.num_examples = store.num_examples(self.split)
+        if not self.num_examples:
+            raise UserError(
+                f"Task {task.name!r}: split {self.split!r} of token store {store.folder} is empty; "
+                "give it documents or use another split."
+            )
+        self.statistics: dict[str, float] = {"examples": self.num_examples}
+        if isinstance(self.objective, Windowed):
+            self._prepare_windows(self.objective, lengths)
+        else:
+            self._prepare_examples(self.objective, lengths, pack)
+        if self.train_rows > _MAX_ROWS:
+            raise ValueError(
+                f"Task {task.name!r} has {self.train_rows} rows in an epoch, more than {_MAX_ROWS}: split its store."
+            )
+
+    # --------------------------------------------------------------------------------------------------- windows
+
+    def _prepare_windows(self, objective: Windowed, lengths: Mapping[str, int]) -> None:
+        self._tokens = self.store.num_tokens(self.split, objective.feature)
+        if not self._tokens:
+            raise UserError(
+                f"Task {self.task.name!r}: split {self.split!r} of token store {self.store.folder} has no tokens "
+                f"in feature {objective.feature!r}."
+            )
+        # A split shorter than one window is one window.
+        self._window = min(objective.window(lengths, self.architecture, self.store.vocabulary), self._tokens)
+        self.train_rows = self.examples_per_epoch = self._tokens // self._window
+        self.finite_rows = -(-self._tokens // self._window)
+        self.statistics |= {"tokens": self._tokens, "rows": self.train_rows, "window": self._window}
+
+    def _read_windows(self, rows: np.ndarray, finite: bool) -> Iterator[tuple[Examples, np.ndarray]]:
+        objective = self.objective
+        assert isinstance(objective, Windowed)
+        if finite:
+            starts = rows * self._window
+            lengths = np.minimum(self._window, self._tokens - starts)
+        else:
+            epochs, places = np.divmod(rows, self.train_rows)
+            starts = (self._offsets(epochs) + places * self._window) % self._tokens
+            lengths = np.full(len(rows), self._window)
+        carry_over = isinstance(objective, CausalLM) and objective.carry_over
+        previous = self._around(starts - 1, np.ones_like(starts)) if carry_over else None
+        # The finite rows end with a shorter window; all others are equally long and handled at once.
+        for length in np.unique(lengths):
+            of_length = np.flatnonzero(lengths == length)
+            flat = self._around(starts[of_length], lengths[of_length])
+            tokens = flat.reshape(len(of_length), length)  # [windows * length] -> [windows, length]
+            # Evaluation has the same corruption whenever it is run, and another than training.
+            random = RowRandom(seed_of(self.seed, "finite") if finite else self.seed, rows[of_length])
+            examples = objective.apply(tokens, random, self.architecture, self.store.vocabulary)
+            if previous is not None:
+                first = np.where(starts == 0, self.store.vocabulary.bos_id, previous)[of_length]
+                examples = dataclasses.replace(examples, first=first.astype(np.int32))
+            yield examples, of_length
+
+    def _offsets(self, epochs: np.ndarray) -> np.ndarray:
+        """Where each epoch's first window begins: anywhere, so that no two epochs cut the text at the same places."""
+        if not self.shuffle:
+            return np.zeros_like(epochs)
+        return RowRandom(seed_of(self.seed, "offset"), epochs).integers(0, self._tokens)
+
+    def _around(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Tokens of ranges that may run over the split's end, where they go on at its beginning."""
+        feature = self.objective.feature  # type: ignore[union-attr]
+        starts = starts % self._tokens
+        ends = starts + lengths
+        over = np.maximum(ends - self._tokens, 0)
+        if not over.any():
+            return self.store.read(self.split, feature, starts, lengths)
+        # Two pieces for each range, the second mostly empty.
+        both_starts = np.stack([starts, np.zeros_like(starts)], axis=1).reshape(-1)
+        both_lengths = np.stack([lengths - over, over], axis=1).reshape(-1)
+        return self.store.read(self.split, feature, both_starts, both_lengths)
+
+    # ------------------------------------------------------------------------------------------------ supervised
+
+    def _prepare_examples(self, objective: Supervised, lengths: Mapping[str, int], pack: bool) -> None:
+        source = np.stack(
+            [self.store.lengths(self.split, feature) for feature in (objective.inputs, objective.targets)],
+            axis=1,
+        )
+        limits = (lengths.get("encoder", 0), lengths["decoder"])
+        fitted = self._fit(source, limits)
+        cut = (fitted < source).any(axis=1)
+        if cut.any() and objective.on_overlong == "error":
+            example = int(np.flatnonzero(cut)[0])
+            raise UserError(
+                f"Task {self.task.name!r}: example {example} of split {self.split!r} has {source[example, 0]} input "
+                f"and {source[example, 1]} target tokens, more than the lengths {dict(lengths)} take; raise the "
+                "lengths, or set on_overlong to 'truncate' or 'drop'."
+            )
+        dropped = cut if objective.on_overlong == "drop" else np.zeros_like(cut)
+        members = np.flatnonzero(~dropped)
+        if not len(members):
+            raise UserError(
+                f"Task {self.task.name!r}: all {len(source)} examples of split {self.split!r} are longer than "
+                f"the lengths {dict(lengths)}; raise them, or set on_overlong to 'truncate'."
+            )
+        self._source, self._fitted = source, fitted
+        if self.architecture == DECODER_ONLY:
+            sizes, limits = (
+                np.stack([np.zeros(len(fitted), np.int64), fitted.sum(axis=1)], axis=1),
+                (0, limits[1]),
+            )
+        else:
+            sizes = fitted
+        # Packs stay together for the whole run; which ones make a batch changes with every epoch.
+        self._plan = packing.pack(sizes, members, limits, self.seed) if pack else packing.one_per_row(members)
+        self.train_rows = self.finite_rows = self._plan.rows
+        self.examples_per_epoch = len(members)
+        encoder, decoder = packing.efficiency(sizes, limits, self._plan)
+        self.statistics |= {
+            "rows": self.train_rows,
+            "cut": int(cut.sum() - dropped.sum()),
+            "dropped": int(dropped.sum()),
+            "packing_efficiency_encoder": encoder,
+            "packing_efficiency_decoder": decoder,
+        }
+
+    def _fit(self, source: np.ndarray, limits: tuple[int, int]) -> np.ndarray:
+        """Lengths int64 [examples, 2] of inputs and targets cut to the limits. For a decoder-only model they share
+        one limit: targets keep at least half of it, inputs what is left.
+        """
+        inputs, targets = source[:, 0], source[:, 1]
+        if self.architecture != DECODER_ONLY:
+            return np.minimum(source, np.array(limits))
+        limit = limits[1]
+        targets = np.minimum(targets, np.maximum(limit - inputs, limit - limit // 2))
+        return np.stack([np.minimum(inputs, limit - targets), targets], axis=1)
+
+    def _read_examples(self, rows: np.ndarray) -> Iterator[tuple[Examples, np.ndarray]]:
+        objective = self.objective
+        assert isinstance(objective, Supervised)
+        rows = rows % self.train_rows
+        counts = self._plan.offsets[rows + 1] - self._plan.offsets[rows]
+        members = self._plan.members[spread(self._plan.offsets[rows], counts)]
+        owner = np.repeat(np.arange(len(rows)), counts)
+        decoder_only = self.architecture == DECODER_ONLY
+        inputs, input_lengths = self._feature(objective.inputs, 0, members, keep_eos=not decoder_only)
+        targets, target_lengths = self._feature(objective.targets, 1, members, keep_eos=True)
+        examples = Examples(inputs, input_lengths, targets, target_lengths, np.ones(len(targets), np.int32))
+        yield (examples.joined() if decoder_only else examples), owner
+
+    def _feature(
+        self, feature: str, column: int, members: np.ndarray, keep_eos: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A feature of the examples, cut to its length. The end-of-sequence token that was there before the cut is
+        put at the cut's end (seqio `append_eos_after_trim`), or taken away.
+        """
+        eos = self.store.vocabulary.eos_id
+        starts = self.store.offsets(self.split, feature)[members]
+        source, lengths = self._source[members, column], self._fitted[members, column]
+        flat = self.store.read(self.split, feature, starts, lengths)
+        cut = (lengths < source) & (lengths > 0)
+        if cut.any():
+            last_of_source = self.store.read(
+                self.split, feature, (starts + source - 1)[cut], np.ones(cut.sum(), int)
+            )
+            last = np.cumsum(lengths)[cut] - 1
+            flat[last] = np.where(last_of_source == eos, eos, flat[last])
+        if keep_eos or not len(flat):
+            return flat, lengths
+        last = np.cumsum(lengths) - 1
+        ends = (lengths > 0) & (flat[last] == eos)
+        keep = np.ones(len(flat), bool)
+        keep[last[ends]] = False
+        return flat[keep], lengths - ends
+
+    # ------------------------------------------------------------------------------------------------------ both
+
+    def read(self, rows: np.ndarray, finite: bool) -> Iterator[tuple[Examples, np.ndarray]]:
+        """The examples of rows int64 [n], in groups: examples, and for each the place of its row in `rows`."""
+        return (
+            self._read_windows(rows, finite)
+            if isinstance(self.objective, Windowed)
+            else self._read_examples(rows)
+        )

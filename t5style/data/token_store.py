@@ -1,0 +1,402 @@
+"""Tokens on disk, readable at random from a local folder or from a bucket.
+
+A store is a folder:
+
+    store.json                    counts, checksums, fingerprints; written last, so a folder without it is no store
+    vocabulary/                   the vocabulary that made the tokens
+    <split>/<feature>/tokens/     every example's tokens, one after the other: zarr3, sharded, uint16 or int32
+    <split>/<feature>/offsets/    int64 [examples + 1]: example i is tokens[offsets[i]:offsets[i + 1]]
+
+Shards hold 2²² tokens in inner chunks of 2¹³ tokens, each with its own CRC-32C that is checked whenever the chunk is
+read. Arrays of up to `RESIDENT_BYTES` are read once and kept in memory (a copy from memory is more than ten times
+faster than a chunk read); larger ones are read in batches of asynchronous reads.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from t5style.corpus import vocabulary as vocabulary_lib
+from t5style.run_dir import UserError
+
+MANIFEST = "store.json"
+FORMAT = 1
+SHARD_TOKENS = 1 << 22
+CHUNK_TOKENS = 1 << 13
+RESIDENT_BYTES = 1 << 28
+_CACHE_BYTES = 1 << 26
+
+
+def _kvstore(folder: str) -> dict[str, Any]:
+    """TensorStore's key-value specification of a folder: `gs://bucket/path`, or a local path."""
+    if folder.startswith("gs://"):
+        bucket, _, path = folder.removeprefix("gs://").partition("/")
+        return {"driver": "gcs", "bucket": bucket, "path": path.rstrip("/") + "/"}
+    return {"driver": "file", "path": os.path.abspath(folder).rstrip("/") + "/"}
+
+
+def _array_spec(folder: str, name: str, dtype: str, size: int) -> dict[str, Any]:
+    inner = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    sharding = {
+        "name": "sharding_indexed",
+        "configuration": {"chunk_shape": [CHUNK_TOKENS], "codecs": inner, "index_codecs": inner},
+    }
+    return {
+        "driver": "zarr3",
+        "kvstore": _array_kvstore(folder, name),
+        "metadata": {
+            "shape": [size],
+            "data_type": dtype,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [SHARD_TOKENS]}},
+            "codecs": [sharding],
+        },
+    }
+
+
+def _array_kvstore(folder: str, name: str) -> dict[str, Any]:
+    spec = _kvstore(folder)
+    return {**spec, "path": f"{spec['path']}{name}/"}
+
+
+@functools.cache
+def _context() -> ts.Context:
+    return ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
+
+
+class TokenStore:
+    """A finished store, opened for reading. Thread-safe; keep one per process and folder."""
+
+    def __init__(self, folder: str, manifest: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._arrays: dict[str, ts.TensorStore] = {}
+        self._resident: dict[str, np.ndarray] = {}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str], verify: bool = False) -> TokenStore:
+        """Opens the store in `folder` and checks that every file is there with the size that was written;
+        with `verify`, also that every file's content has the SHA-256 that was written (reads all of it).
+
+        Raises UserError where there is no finished store, or a file is missing, cut short or changed.
+        """
+        folder = os.fspath(folder)
+        try:
+            files = ts.KvStore.open(_kvstore(folder)).result()
+            found = files.read(MANIFEST).result()
+        except (ValueError, OSError) as error:
+            raise UserError(f"Token store {folder} cannot be read: {error}") from error
+        if found.state != "value":
+            raise UserError(
+                f"{folder} holds no token store: {MANIFEST} is missing (a store that was not finished has none); "
+                "run the tokenize job into it."
+            )
+        manifest = json.loads(found.value)
+        if manifest.get("format") != FORMAT:
+            raise UserError(
+                f"Token store {folder} has format {manifest.get('format')}, this version reads {FORMAT}: tokenize again."
+            )
+        store = cls(folder, manifest)
+        store._check_files(contents=verify)
+        return store
+
+    def _check_files(self, contents: bool) -> None:
+        files = ts.KvStore.open(_kvstore(self.folder)).result()
+        fix = "restore the file from a copy, or run the tokenize job again"
+        if self.folder.startswith("gs://") and not contents:
+            return  # one request per file would cost more than the check is worth: reads have their own CRC
+        for name, expected in self.manifest["files"].items():
+            where = f"Token store {self.folder}: {name}"
+            if not contents:
+                path = os.path.join(self.folder, name)
+                size = os.path.getsize(path) if os.path.exists(path) else None
+            else:
+                found = files.read(name).result()
+                size = len(found.value) if found.state == "value" else None
+            if size is None:
+                raise UserError(f"{where} is missing; {fix}.")
+            if size != expected["bytes"]:
+                raise UserError(f"{where} has {size} bytes, expected {expected['bytes']}; {fix}.")
+            if contents and (digest := hashlib.sha256(found.value).hexdigest()) != expected["sha256"]:
+                raise UserError(f"{where} has checksum {digest}, expected {expected['sha256']}; {fix}.")
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that depend on every token, the splits, the features and the vocabulary."""
+        return str(self.manifest["fingerprint"])
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(self.manifest["splits"])
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        return tuple(self.manifest["features"])
+
+    @property
+    def vocabulary_fingerprint(self) -> str:
+        return str(self.manifest["vocabulary"]["fingerprint"])
+
+    @functools.cached_property
+    def vocabulary(self) -> vocabulary_lib.Vocabulary:
+        """The vocabulary that made the tokens. Raises UserError when its files were exchanged since."""
+        loaded = vocabulary_lib.load(os.path.join(self.folder, "vocabulary"))
+        if loaded.fingerprint != self.vocabulary_fingerprint:
+            raise UserError(
+                f"Token store {self.folder} was made with vocabulary {self.vocabulary_fingerprint}, but its folder "
+                f"vocabulary/ now holds {loaded.fingerprint}; tokenize again."
+            )
+        return loaded
+
+    def _counts(self, split: str, feature: str | None = None) -> Mapping[str, Any]:
+        if split not in self.manifest["splits"]:
+            raise UserError(
+                f"Token store {self.folder} has no split {split!r}, only {', '.join(map(repr, self.splits)) or 'none'}."
+            )
+        counts = self.manifest["splits"][split]
+        if feature is None:
+            return counts
+        if feature not in counts["features"]:
+            raise UserError(
+                f"Token store {self.folder} has no feature {feature!r}, only {', '.join(map(repr, self.features))}: "
+                "choose the objective that fits, or tokenize with that feature."
+            )
+        return counts["features"][feature]
+
+    def num_examples(self, split: str) -> int:
+        return int(self._counts(split)["examples"])
+
+    def num_tokens(self, split: str, feature: str) -> int:
+        return int(self._counts(split, feature)["tokens"])
+
+    def num_bytes(self, split: str, feature: str) -> int:
+        """Bytes of UTF-8 text behind the feature's tokens: the denominator of bits per byte."""
+        return int(self._counts(split, feature)["bytes"])
+
+    def _array(self, name: str) -> ts.TensorStore:
+        if name not in self._arrays:
+            spec = {"driver": "zarr3", "kvstore": _array_kvstore(self.folder, name)}
+            # The files never change once the store is finished: cached chunks need no second look.
+            spec |= {"recheck_cached_data": False, "recheck_cached_metadata": False}
+            self._arrays[name] = ts.open(spec, open=True, read=True, context=_context()).result()
+        return self._arrays[name]
+
+    def _whole(self, name: str) -> np.ndarray:
+        with self._lock:
+            if name not in self._resident:
+                self._resident[name] = np.asarray(self._array(name).read().result())
+            return self._resident[name]
+
+    def offsets(self, split: str, feature: str) -> np.ndarray:
+        """int64 [examples + 1], in tokens."""
+        self._counts(split, feature)
+        return self._whole(f"{split}/{feature}/offsets")
+
+    def lengths(self, split: str, feature: str) -> np.ndarray:
+        """Tokens of each example: int64 [examples]."""
+        return np.diff(self.offsets(split, feature))
+
+    def read(self, split: str, feature: str, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """The tokens of many ranges, one after the other.
+
+        Args:
+          starts: int [n], in tokens from the split's beginning.
+          lengths: int [n].
+
+        Returns: int32 [sum(lengths)].
+        Raises: UserError where a chunk's checksum fails.
+        """
+        name = f"{split}/{feature}/tokens"
+        total = self.num_tokens(split, feature)
+        if not len(starts):
+            return np.zeros(0, np.int32)
+        array = self._array(name)
+        if total * array.dtype.numpy_dtype.itemsize <= RESIDENT_BYTES:
+            whole = self._read(lambda: self._whole(name), name)
+            pieces = [whole[a : a + n] for a, n in zip(starts.tolist(), lengths.tolist(), strict=True)]
+        else:
+
+            def read_all() -> list[np.ndarray]:
+                with ts.Batch() as batch:
+                    pending = [
+                        array[a : a + n].read(batch=batch)
+                        for a, n in zip(starts.tolist(), lengths.tolist(), strict=True)
+                    ]
+                return [future.result() for future in pending]
+
+            pieces = self._read(read_all, name)
+        return np.concatenate(pieces).astype(np.int32)
+
+    def _read(self, read: Any, name: str) -> Any:
+        try:
+            return read()
+        except ValueError as error:
+            raise UserError(
+                f"Token store {self.folder}: {name} cannot be read ({error}); restore it from a copy, or run the "
+                "tokenize job again."
+            ) from error
+
+    def examples(self, split: str, feature: str, indices: Sequence[int] | np.ndarray) -> list[np.ndarray]:
+        """The tokens of whole examples: a list of int32 arrays."""
+        indices = np.asarray(indices, np.int64)
+        offsets = self.offsets(split, feature)
+        lengths = offsets[indices + 1] - offsets[indices]
+        flat = self.read(split, feature, offsets[indices], lengths)
+        return np.split(flat, np.cumsum(lengths)[:-1])
+
+
+class _FeatureWriter:
+    """Appends one feature of one split, a shard at a time."""
+
+    def __init__(self, folder: str, name: str, dtype: str) -> None:
+        self.folder, self.name, self.dtype = folder, name, dtype
+        self.array: ts.TensorStore | None = None
+        self.written = self.buffered = self.bytes = 0
+        self.pieces: list[np.ndarray] = []
+        self.ends: list[int] = []
+
+    def add(self, tokens: np.ndarray, num_bytes: int) -> None:
+        self.pieces.append(np.asarray(tokens, self.dtype))
+        self.buffered += len(tokens)
+        self.bytes += num_bytes
+        self.ends.append(self.written + self.buffered)
+        if self.buffered >= SHARD_TOKENS:
+            self._flush(whole_shards=True)
+
+    def _flush(self, whole_shards: bool) -> None:
+        flat = np.concatenate(self.pieces) if self.pieces else np.zeros(0, self.dtype)
+        # Only whole shards are written before the end: a shard that is written twice is read and copied again.
+        count = len(flat) // SHARD_TOKENS * SHARD_TOKENS if whole_shards else len(flat)
+        if self.array is None:
+            spec = _array_spec(self.folder, f"{self.name}/tokens", self.dtype, count)
+            self.array = ts.open(spec, create=True, delete_existing=True).result()
+        else:
+            self.array = self.array.resize(exclusive_max=[self.written + count]).result()
+        if count:
+            self.array[self.written : self.written + count].write(flat[:count]).result()
+        self.written += count
+        self.buffered = len(flat) - count
+        self.pieces = [flat[count:]]
+
+    def finish(self) -> dict[str, int]:
+        self._flush(whole_shards=False)
+        offsets = np.array([0, *self.ends], np.int64)
+        spec = _array_spec(self.folder, f"{self.name}/offsets", "int64", len(offsets))
+        ts.open(spec, create=True, delete_existing=True).result().write(offsets).result()
+        return {"tokens": self.written, "bytes": self.bytes}
+
+
+class TokenStoreWriter:
+    """Writes a store; use it as a context manager. `store.json` is written last, when everything else is on disk:
+    a writer that is interrupted leaves no store, and one that fails removes what it wrote.
+
+    Raises FileExistsError where the folder already holds a store.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        features: Sequence[str],
+        vocabulary: vocabulary_lib.Vocabulary,
+        description: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.folder = os.fspath(folder)
+        self.features = tuple(features)
+        self.vocabulary = vocabulary
+        self.description = dict(description or {})
+        # Ids of extra sentinels count: the largest id is vocab_size - 1.
+        self._dtype = "uint16" if vocabulary.vocab_size <= 1 << 16 else "int32"
+        self._writers: dict[str, dict[str, _FeatureWriter]] = {}
+        self._examples: dict[str, int] = {}
+        self._files = ts.KvStore.open(_kvstore(self.folder)).result()
+        if self._files.read(MANIFEST).result().state == "value":
+            raise FileExistsError(
+                f"{self.folder} already holds a token store; delete it or choose another folder."
+            )
+
+    def add_split(self, split: str) -> None:
+        """Declares a split, so that it exists even when nothing is added to it."""
+        if split not in self._writers:
+            self._files.delete_range(ts.KvStore.KeyRange(f"{split}/", f"{split}0")).result()
+            self._writers[split] = {
+                feature: _FeatureWriter(self.folder, f"{split}/{feature}", self._dtype)
+                for feature in self.features
+            }
+            self._examples[split] = 0
+
+    def add(
+        self,
+        split: str,
+        tokens: Mapping[str, np.ndarray | Sequence[int]],
+        num_bytes: Mapping[str, int] | None = None,
+    ) -> None:
+        """Adds one example: for each feature its token ids [length] and the bytes of text they stand for."""
+        self.add_split(split)
+        for feature in self.features:
+            ids = np.asarray(tokens[feature], np.int64)
+            if len(ids) and not (0 <= ids.min() and ids.max() < self.vocabulary.vocab_size):
+                raise ValueError(
+                    f"Example {self._examples[split]} of split {split!r}, feature {feature!r} has token id "
+                    f"{int(ids.max() if ids.min() >= 0 else ids.min())}; the vocabulary has {self.vocabulary.vocab_size}."
+                )
+            self._writers[split][feature].add(ids, (num_bytes or {}).get(feature, 0))
+        self._examples[split] += 1
+
+    def close(self) -> TokenStore:
+        """Finishes the store and opens it."""
+        splits = {
+            split: {
+                "examples": self._examples[split],
+                "features": {f: w.finish() for f, w in writers.items()},
+            }
+            for split, writers in self._writers.items()
+        }
+        self.vocabulary.save(os.path.join(self.folder, "vocabulary"))
+        files = {}
+        for key in sorted(key.decode() for key in self._files.list().result()):
+            if key.split("/")[0] in self._writers:
+                content = self._files[key]
+                files[key] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        manifest = {
+            "format": FORMAT,
+            "features": list(self.features),
+            "dtype": self._dtype,
+            "vocabulary": {
+                "fingerprint": self.vocabulary.fingerprint,
+                "vocab_size": self.vocabulary.vocab_size,
+            },
+            "splits": splits,
+            "files": files,
+        }
+        identity = json.dumps(manifest, sort_keys=True).encode()
+        manifest["fingerprint"] = hashlib.sha256(identity).hexdigest()[:16]
+        manifest["description"] = self.description
+        # One key of a key-value store is written whole or not at all (locally: a temporary name, fsync, rename).
+        self._files.write(MANIFEST, json.dumps(manifest, indent=1).encode()).result()
+        return TokenStore.open(self.folder)
+
+    def abort(self) -> None:
+        """Removes what was written so far."""
+        for split in self._writers:
+            self._files.delete_range(ts.KvStore.KeyRange(f"{split}/", f"{split}0")).result()
+
+    def __enter__(self) -> TokenStoreWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
