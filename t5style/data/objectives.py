@@ -1,8 +1,8 @@
 """What a model is asked to learn from tokens: span corruption, causal LM, prefix LM, supervised.
 
-An objective turns tokens into examples: what the encoder reads (`inputs`) and what the decoder is to say (`targets`).
-`CausalLM`, `PrefixLM` and `SpanCorruption` cut the split into windows (all its documents, one after the other, each
-closed by its end-of-sequence token); `Supervised` takes a store's examples as they are.
+An objective turns tokens into examples: what the encoder reads (`inputs`) and what the decoder is to say
+(`targets`). `CausalLM`, `PrefixLM` and `SpanCorruption` cut the split into windows (all its documents, one
+after the other, each closed by its end-of-sequence token); `Supervised` takes a store's examples as they are.
 For a decoder-only model inputs and targets become one sequence, with loss on the targets only; there, inputs
 are not closed by an end-of-sequence token, so that a prompt goes on as text does.
 """
@@ -121,8 +121,9 @@ class CausalLM(Windowed):
     """Predict every token from those before it (decoder-only).
 
     Attributes:
-      carry_over: the first token of a window is predicted from the token before the window (as nanoGPT does) instead
-        of from the start token. The model then never sees a start token, except at the split's beginning.
+      carry_over: the first token of a window is predicted from the token before the window (as nanoGPT does)
+        instead of from the start token. The model then never sees a start token, except at the split's
+        beginning.
     """
 
     carry_over: bool = False
@@ -138,7 +139,8 @@ class CausalLM(Windowed):
 
 @dataclasses.dataclass(frozen=True)
 class PrefixLM(Windowed):
-    """Read a prefix, predict the rest. The split point is uniform in [1, length) (t5 `random_prefix_noise_mask`).
+    """Read a prefix, predict the rest. The split point is uniform in [1, length) (t5
+    `random_prefix_noise_mask`).
 
     An encoder-decoder reads the prefix in its encoder; both halves are closed by an end-of-sequence token. A
     decoder-only model has the window whole, with loss on the suffix.
@@ -155,7 +157,7 @@ class PrefixLM(Windowed):
         return length
 
     def apply(self, tokens: np.ndarray, random: RowRandom, architecture: str, ids: Ids) -> Examples:
-        rows, length = tokens.shape
+        length = tokens.shape[1]
         if length < 2:  # nothing to read: predict it all
             return without_inputs(tokens)
         split = random.integers(1, length)
@@ -171,9 +173,9 @@ class PrefixLM(Windowed):
 class SpanCorruption(Windowed):
     """T5's objective: spans of the window are replaced by sentinels, and the decoder says what stood there.
 
-    Raffel et al., "Exploring the limits of transfer learning with a unified text-to-text transformer" (2020), §3.1.4;
-    the algorithm is that of t5's `random_spans_noise_mask`, `noise_span_to_unique_sentinel` and
-    `nonnoise_span_to_unique_sentinel`, and the window's length that of its `random_spans_helper`.
+    Raffel et al., "Exploring the limits of transfer learning with a unified text-to-text transformer"
+    (2020), §3.1.4; the algorithm is that of t5's `random_spans_noise_mask`, `noise_span_to_unique_sentinel`
+    and `nonnoise_span_to_unique_sentinel`, and the window's length that of its `random_spans_helper`.
 
     Attributes:
       noise_density: share of tokens to corrupt.
@@ -205,8 +207,10 @@ class SpanCorruption(Windowed):
             targets = self._example_lengths(window)[1]
             if targets > decoder:
                 raise ValueError(
-                    f"Span corruption of {encoder} encoder tokens needs {targets} decoder tokens, but the decoder's "
-                    f"length is {decoder}; set it to {targets}, or lower the encoder's length or noise_density."
+                    f"Span corruption of {encoder} encoder tokens needs {targets} decoder tokens, but the "
+                    f"decoder's "
+                    f"length is {decoder}; set it to {targets}, or lower the encoder's length or "
+                    f"noise_density."
                 )
         if window < 2:
             raise ValueError(
@@ -216,7 +220,8 @@ class SpanCorruption(Windowed):
         if spans > ids.extra_ids:
             raise ValueError(
                 f"Span corruption of {window} tokens needs {spans} sentinels, but the vocabulary has "
-                f"{ids.extra_ids} extra ids; train the vocabulary with extra_ids >= {spans}, or use shorter lengths."
+                f"{ids.extra_ids} extra ids; train the vocabulary with extra_ids >= {spans}, or use "
+                f"shorter lengths."
             )
         return window
 
@@ -240,8 +245,8 @@ class Supervised:
     """Learn `targets` from `inputs`, both features of the store, one example after the other.
 
     Attributes:
-      on_overlong: what happens to an example longer than the lengths: `truncate` (t5: cut, and the end-of-sequence
-        token put back), `drop`, or `error`.
+      on_overlong: what happens to an example longer than the lengths: `truncate` (t5: cut, and the
+        end-of-sequence token put back), `drop`, or `error`.
     """
 
     inputs: str = "inputs"
@@ -281,7 +286,9 @@ def spans_helper(inputs_length: int, noise_density: float, mean_noise_span_lengt
 
 
 def noise_counts(length: int, noise_density: float, mean_noise_span_length: float) -> tuple[int, int]:
-    """(noise tokens, noise spans) of a window of `length` tokens, in float32 and rounding half to even as t5 does."""
+    """(noise tokens, noise spans) of a window of `length` tokens, in float32 and rounding half to even as t5
+    does.
+    """
     length = max(length, 2)  # t5: avoids degenerate spans
     noise = int(np.round(np.float32(length) * np.float32(noise_density)))
     noise = min(max(noise, 1), length - 1)
@@ -295,8 +302,8 @@ def random_spans_noise_mask(
 ) -> np.ndarray:
     """Which tokens are noise: bool [rows, length] (t5 `random_spans_noise_mask`).
 
-    Noise and the rest are each cut into the same number of spans, every way to cut them equally likely; the spans
-    alternate and the first is not noise.
+    Noise and the rest are each cut into the same number of spans, every way to cut them equally likely; the
+    spans alternate and the first is not noise.
     """
     noise, spans = noise_counts(length, noise_density, mean_noise_span_length)
     padded = max(length, 2)

@@ -1,10 +1,10 @@
 """Which examples share a row, decided once from their lengths.
 
-Best-fit decreasing on the histogram of lengths (after Krell, Kosec, Perez and Fitzgibbon, "Efficient sequence packing
-without cross-contamination", 2021, there for one length; here each example has two, for encoder and decoder): examples
-of equal lengths are handled together, longest first, and each goes to the open row with the least room left that still
-takes it. The work depends on the number of different lengths, not of examples. Which of the examples
-of equal lengths go together is decided by the seed.
+Best-fit decreasing on the histogram of lengths (after Krell, Kosec, Perez and Fitzgibbon, "Efficient
+sequence packing without cross-contamination", 2021, there for one length; here each example has two, for
+encoder and decoder): examples of equal lengths are handled together, longest first, and each goes to the
+open row with the least room left that still takes it. The work depends on the number of different lengths,
+not of examples. Which of the examples of equal lengths go together is decided by the seed.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@
     content  NumPy: the rows of a batch are read, corrupted, and laid out together
     hosts    last: host i of N makes the rows i * B/N … (i + 1) * B/N - 1 of the batch, and no others
 
-Nothing depends on what was asked before, so resuming needs the step alone, and the number of hosts may change.
+Nothing depends on what was asked before, so resuming needs the step alone, and the number of hosts may
+change.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 
-import grain
+import grain  # type: ignore[import-untyped]
 import numpy as np
-from grain.experimental import index_shuffle
+from grain.experimental import index_shuffle  # type: ignore[import-untyped]
 
 from t5style import run_dir
 from t5style.corpus.vocabulary import Vocabulary
@@ -47,8 +48,8 @@ class BatchSource:
       pack: several supervised examples share a row; their segment ids keep them apart.
       shuffle: a new order of rows for every epoch; False keeps the store's order.
 
-    Raises: UserError for a missing or unfinished store, an empty split, or stores of different vocabularies; ValueError
-      for lengths that do not fit the objective.
+    Raises: UserError for a missing or unfinished store, an empty split, or stores of different vocabularies;
+      ValueError for lengths that do not fit the objective.
     """
 
     def __init__(
@@ -92,7 +93,8 @@ class BatchSource:
             )
             if ours != theirs:
                 raise run_dir.UserError(
-                    f"Task {task.name!r} has a store of vocabulary {theirs}, task {first.name!r} of {ours}; tokenize "
+                    f"Task {task.name!r} has a store of vocabulary {theirs}, task {first.name!r} of "
+                    f"{ours}; tokenize "
                     "both with one vocabulary."
                 )
         self._rows = [
@@ -126,12 +128,13 @@ class BatchSource:
             orders.append(order.repeat(None))
         return grain.MapDataset.mix(orders, weights=self.rates) if len(orders) > 1 else orders[0]
 
-    # ------------------------------------------------------------------------------------------------ what it is
+    # ------------------------------------------------------------------------------------------- what it is
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits for everything but the seed that decides the batches: tokens, objectives, rates, lengths,
-        batch size, and the shuffle's algorithm (so that another version of grain cannot change the order unseen).
+        """16 hex digits for everything but the seed that decides the batches: tokens, objectives, rates,
+        lengths, batch size, and the shuffle's algorithm (so that another version of grain cannot change the
+        order unseen).
         """
         config = {
             "version": _VERSION,
@@ -156,28 +159,30 @@ class BatchSource:
 
     @property
     def batches_per_epoch(self) -> float:
-        """Steps in which every row of all tasks could be seen once. In a mixture, single tasks are seen more or less
-        often than that, by their rates.
+        """Steps in which every row of all tasks could be seen once. In a mixture, single tasks are seen more
+        or less often than that, by their rates.
         """
         return sum(rows.train_rows for rows in self._rows) / self.batch_size
 
     @property
     def statistics(self) -> dict[str, dict[str, float]]:
-        """For each task: examples, rows, rate, packing efficiency, and examples cut or dropped for their length."""
+        """For each task: examples, rows, rate, packing efficiency, and examples cut or dropped for their
+        length.
+        """
         return {
             task.name: {"rate": rate, **rows.statistics}
             for task, rate, rows in zip(self.tasks, self.rates, self._rows, strict=True)
         }
 
-    # -------------------------------------------------------------------------------------------------- training
+    # --------------------------------------------------------------------------------------------- training
 
     def batch_at(self, n: int, shard: int = 0, num_shards: int = 1) -> Batch:
         """Batch n, or host `shard`'s rows of it.
 
-        Returns: int32 [batch_size / num_shards, length] for each of `decoder_input_tokens`, `decoder_target_tokens`,
-          `decoder_loss_weights`, `decoder_segment_ids`, `decoder_positions`, and for an encoder-decoder
-          `encoder_input_tokens`, `encoder_segment_ids`, `encoder_positions`. Segment ids are 0 for padding
-          and count a row's examples from 1; positions restart with each segment.
+        Returns: int32 [batch_size / num_shards, length] for each of `decoder_input_tokens`,
+          `decoder_target_tokens`, `decoder_loss_weights`, `decoder_segment_ids`, `decoder_positions`, and
+          for an encoder-decoder `encoder_input_tokens`, `encoder_segment_ids`, `encoder_positions`. Segment
+          ids are 0 for padding and count a row's examples from 1; positions restart with each segment.
         """
         share = self._share(shard, num_shards)
         if n < 0:
@@ -192,7 +197,7 @@ class BatchSource:
         self._share(shard, num_shards)
         return ReadAhead(lambda n: self.batch_at(n, shard, num_shards), start, None, prefetch, threads)
 
-    # ------------------------------------------------------------------------------------------------ evaluation
+    # ------------------------------------------------------------------------------------------- evaluation
 
     @property
     def evaluation_batches(self) -> int:
@@ -200,8 +205,8 @@ class BatchSource:
         return -(-sum(rows.finite_rows for rows in self._rows) // self.batch_size)
 
     def evaluation_batch_at(self, n: int, shard: int = 0, num_shards: int = 1) -> Batch:
-        """Batch n of the split read once in the store's order, tasks one after the other. The last batch is filled
-        up with empty rows, whose loss weights and segment ids are 0.
+        """Batch n of the split read once in the store's order, tasks one after the other. The last batch is
+        filled up with empty rows, whose loss weights and segment ids are 0.
         """
         share = self._share(shard, num_shards)
         if not 0 <= n < self.evaluation_batches:
@@ -222,7 +227,7 @@ class BatchSource:
         stop = self.evaluation_batches if max_batches is None else min(max_batches, self.evaluation_batches)
         return ReadAhead(lambda n: self.evaluation_batch_at(n, shard, num_shards), 0, stop, prefetch, 1)
 
-    # --------------------------------------------------------------------------------------------------- content
+    # ---------------------------------------------------------------------------------------------- content
 
     def _share(self, shard: int, num_shards: int) -> int:
         if num_shards < 1 or self.batch_size % num_shards:
@@ -258,7 +263,7 @@ class _Place:
 def empty_batch(rows: int, lengths: Mapping[str, int]) -> Batch:
     """A batch of padding: zeros, int32 [rows, length]."""
     names = ["input_tokens", "segment_ids", "positions"]
-    batch = {}
+    batch: Batch = {}
     for side, length in lengths.items():
         extra = ["target_tokens", "loss_weights"] if side == "decoder" else []
         batch |= {f"{side}_{name}": np.zeros((rows, length), np.int32) for name in [*names, *extra]}
@@ -321,7 +326,8 @@ class ReadAhead(Iterator[Batch]):
       make: number → batch.
       start, stop: first number, and the one after the last (None: without end).
       prefetch: batches kept ready.
-      threads: NumPy lets go of the interpreter lock in its larger operations, so more than one helps a little.
+      threads: NumPy lets go of the interpreter lock in its larger operations, so more than one helps a
+        little.
     """
 
     def __init__(

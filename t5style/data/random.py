@@ -1,9 +1,9 @@
 """Random numbers that are a pure function of (seed, row, position), computed for many rows at once.
 
-A NumPy Generator per row would cost more than the work it is for (about 10 µs to make one, against 20 µs to corrupt a
-row of 568 tokens), and NumPy does not promise the same stream in every version. SplitMix64 (Steele, Lea and Flood,
-"Fast splittable pseudorandom number generators", 2014) is a counter through a bijective mixer: any number of the stream
-can be had without those before it.
+A NumPy Generator per row would cost more than the work it is for (about 10 µs to make one, against 20 µs to
+corrupt a row of 568 tokens), and NumPy does not promise the same stream in every version. SplitMix64
+(Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014) is a counter through a
+bijective mixer: any number of the stream can be had without those before it.
 """
 
 from __future__ import annotations
@@ -52,15 +52,20 @@ class RowRandom:
             return mix(self._keys[:, None] + counter * _GAMMA)
 
     def integers(self, low: int, high: int) -> np.ndarray:
-        """Uniform integers in [low, high): int64 [n]. The bias of taking 53 bits is below 2⁻³⁰ for ranges < 2²³."""
+        """Uniform integers in [low, high): int64 [n]. The bias of taking 53 bits is below 2⁻³⁰ for ranges <
+        2²³.
+        """
         fraction = (self.bits(1)[:, 0] >> np.uint64(11)).astype(np.float64) * 2.0**-53
         return low + (fraction * (high - low)).astype(np.int64)
 
     def choose(self, population: int, count: int) -> np.ndarray:
-        """`count` distinct numbers of range(population), every subset equally likely: int64 [n, count], ascending."""
+        """`count` distinct numbers of range(population), every subset equally likely: int64 [n, count],
+        ascending.
+        """
         index_bits = max(population - 1, 1).bit_length()
         index_mask = np.uint64((1 << index_bits) - 1)
-        # The smallest `count` of random keys; the low bits carry the index, so keys are distinct and no argsort is needed.
+        # The smallest `count` of random keys; the low bits carry the index, so keys are distinct and no
+        # argsort is needed.
         keys = self.bits(population) & ~index_mask | np.arange(population, dtype=np.uint64)
         if 0 < count < population:
             keys = np.partition(keys, count - 1, axis=1)

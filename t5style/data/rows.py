@@ -19,8 +19,9 @@ _MAX_ROWS = 2**32 - 1
 
 
 class TaskRows:
-    """Rows of one task's split. Row numbers of training count on through the epochs: row r is row r % train_rows of
-    epoch r // train_rows. Evaluation ("finite") has its own rows: in the store's order, with nothing left out.
+    """Rows of one task's split. Row numbers of training count on through the epochs: row r is row r %
+    train_rows of epoch r // train_rows. Evaluation ("finite") has its own rows: in the store's order, with
+    nothing left out.
 
     Attributes:
       train_rows, finite_rows: rows of one epoch, and rows that hold everything once.
@@ -56,16 +57,18 @@ class TaskRows:
             self._prepare_examples(self.objective, lengths, pack)
         if self.train_rows > _MAX_ROWS:
             raise ValueError(
-                f"Task {task.name!r} has {self.train_rows} rows in an epoch, more than {_MAX_ROWS}: split its store."
+                f"Task {task.name!r} has {self.train_rows} rows in an epoch, more than {_MAX_ROWS}: split "
+                f"its store."
             )
 
-    # --------------------------------------------------------------------------------------------------- windows
+    # ---------------------------------------------------------------------------------------------- windows
 
     def _prepare_windows(self, objective: Windowed, lengths: Mapping[str, int]) -> None:
         self._tokens = self.store.num_tokens(self.split, objective.feature)
         if not self._tokens:
             raise UserError(
-                f"Task {self.task.name!r}: split {self.split!r} of token store {self.store.folder} has no tokens "
+                f"Task {self.task.name!r}: split {self.split!r} of token store {self.store.folder} has no "
+                f"tokens "
                 f"in feature {objective.feature!r}."
             )
         # A split shorter than one window is one window.
@@ -100,7 +103,9 @@ class TaskRows:
             yield examples, of_length
 
     def _offsets(self, epochs: np.ndarray) -> np.ndarray:
-        """Where each epoch's first window begins: anywhere, so that no two epochs cut the text at the same places."""
+        """Where each epoch's first window begins: anywhere, so that no two epochs cut the text at the same
+        places.
+        """
         if not self.shuffle:
             return np.zeros_like(epochs)
         return RowRandom(seed_of(self.seed, "offset"), epochs).integers(0, self._tokens)
@@ -118,7 +123,7 @@ class TaskRows:
         both_lengths = np.stack([lengths - over, over], axis=1).reshape(-1)
         return self.store.read(self.split, feature, both_starts, both_lengths)
 
-    # ------------------------------------------------------------------------------------------------ supervised
+    # ------------------------------------------------------------------------------------------- supervised
 
     def _prepare_examples(self, objective: Supervised, lengths: Mapping[str, int], pack: bool) -> None:
         source = np.stack(
@@ -131,15 +136,18 @@ class TaskRows:
         if cut.any() and objective.on_overlong == "error":
             example = int(np.flatnonzero(cut)[0])
             raise UserError(
-                f"Task {self.task.name!r}: example {example} of split {self.split!r} has {source[example, 0]} input "
-                f"and {source[example, 1]} target tokens, more than the lengths {dict(lengths)} take; raise the "
+                f"Task {self.task.name!r}: example {example} of split {self.split!r} has "
+                f"{source[example, 0]} input "
+                f"and {source[example, 1]} target tokens, more than the lengths {dict(lengths)} take; "
+                f"raise the "
                 "lengths, or set on_overlong to 'truncate' or 'drop'."
             )
         dropped = cut if objective.on_overlong == "drop" else np.zeros_like(cut)
         members = np.flatnonzero(~dropped)
         if not len(members):
             raise UserError(
-                f"Task {self.task.name!r}: all {len(source)} examples of split {self.split!r} are longer than "
+                f"Task {self.task.name!r}: all {len(source)} examples of split {self.split!r} are longer "
+                f"than "
                 f"the lengths {dict(lengths)}; raise them, or set on_overlong to 'truncate'."
             )
         self._source, self._fitted = source, fitted
@@ -164,7 +172,8 @@ class TaskRows:
         }
 
     def _fit(self, source: np.ndarray, limits: tuple[int, int]) -> np.ndarray:
-        """Lengths int64 [examples, 2] of inputs and targets cut to the limits. For a decoder-only model they share
+        """Lengths int64 [examples, 2] of inputs and targets cut to the limits. For a decoder-only model they
+        share
         one limit: targets keep at least half of it, inputs what is left.
         """
         inputs, targets = source[:, 0], source[:, 1]
@@ -190,8 +199,8 @@ class TaskRows:
     def _feature(
         self, feature: str, column: int, members: np.ndarray, keep_eos: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        """A feature of the examples, cut to its length. The end-of-sequence token that was there before the cut is
-        put at the cut's end (seqio `append_eos_after_trim`), or taken away.
+        """A feature of the examples, cut to its length. The end-of-sequence token that was there before the
+        cut is put at the cut's end (seqio `append_eos_after_trim`), or taken away.
         """
         eos = self.store.vocabulary.eos_id
         starts = self.store.offsets(self.split, feature)[members]
@@ -212,7 +221,7 @@ class TaskRows:
         keep[last[ends]] = False
         return flat[keep], lengths - ends
 
-    # ------------------------------------------------------------------------------------------------------ both
+    # ------------------------------------------------------------------------------------------------- both
 
     def read(self, rows: np.ndarray, finite: bool) -> Iterator[tuple[Examples, np.ndarray]]:
         """The examples of rows int64 [n], in groups: examples, and for each the place of its row in `rows`."""

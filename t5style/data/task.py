@@ -20,7 +20,8 @@ class Task:
       store: folder of the token store, or `run:<stage>` inside a workflow.
       objective: what is asked of the tokens.
       splits: the task's split names → the store's (`{"validation": "test"}`); None for the store's own names.
-      postprocess: text → what the metrics compare, applied to targets and predictions (seqio: `postprocess_fn`).
+      postprocess: text → what the metrics compare, applied to targets and predictions (seqio:
+        `postprocess_fn`).
       metrics: functions (targets, predictions) → {name: value}.
     """
 

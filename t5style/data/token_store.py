@@ -2,18 +2,19 @@
 
 A store is a folder:
 
-    store.json                    counts, checksums, fingerprints; written last, so a folder without it is no store
+    store.json                    counts, checksums, fingerprints; written last: without it there is no store
     vocabulary/                   the vocabulary that made the tokens
     <split>/<feature>/tokens/     every example's tokens, one after the other: zarr3, sharded, uint16 or int32
     <split>/<feature>/offsets/    int64 [examples + 1]: example i is tokens[offsets[i]:offsets[i + 1]]
 
-Shards hold 2²² tokens in inner chunks of 2¹³ tokens, each with its own CRC-32C that is checked whenever the chunk is
-read. Arrays of up to `RESIDENT_BYTES` are read once and kept in memory (a copy from memory is more than ten times
-faster than a chunk read); larger ones are read in batches of asynchronous reads.
+Shards hold 2²² tokens in inner chunks of 2¹³ tokens, each with its own CRC-32C that is checked whenever the
+chunk is read. Arrays of up to `RESIDENT_BYTES` are read once and kept in memory (a copy from memory is more
+than ten times faster than a chunk read); larger ones are read in batches of asynchronous reads.
 """
 
 from __future__ import annotations
 
+import array
 import functools
 import hashlib
 import json
@@ -98,13 +99,15 @@ class TokenStore:
             raise UserError(f"Token store {folder} cannot be read: {error}") from error
         if found.state != "value":
             raise UserError(
-                f"{folder} holds no token store: {MANIFEST} is missing (a store that was not finished has none); "
+                f"{folder} holds no token store: {MANIFEST} is missing (a store that was not finished has "
+                f"none); "
                 "run the tokenize job into it."
             )
         manifest = json.loads(found.value)
         if manifest.get("format") != FORMAT:
             raise UserError(
-                f"Token store {folder} has format {manifest.get('format')}, this version reads {FORMAT}: tokenize again."
+                f"Token store {folder} has format {manifest.get('format')}, this version reads {FORMAT}: "
+                f"tokenize again."
             )
         store = cls(folder, manifest)
         store._check_files(contents=verify)
@@ -153,7 +156,8 @@ class TokenStore:
         loaded = vocabulary_lib.load(os.path.join(self.folder, "vocabulary"))
         if loaded.fingerprint != self.vocabulary_fingerprint:
             raise UserError(
-                f"Token store {self.folder} was made with vocabulary {self.vocabulary_fingerprint}, but its folder "
+                f"Token store {self.folder} was made with vocabulary {self.vocabulary_fingerprint}, but "
+                f"its folder "
                 f"vocabulary/ now holds {loaded.fingerprint}; tokenize again."
             )
         return loaded
@@ -161,14 +165,16 @@ class TokenStore:
     def _counts(self, split: str, feature: str | None = None) -> Mapping[str, Any]:
         if split not in self.manifest["splits"]:
             raise UserError(
-                f"Token store {self.folder} has no split {split!r}, only {', '.join(map(repr, self.splits)) or 'none'}."
+                f"Token store {self.folder} has no split {split!r}, only "
+                f"{', '.join(map(repr, self.splits)) or 'none'}."
             )
         counts = self.manifest["splits"][split]
         if feature is None:
             return counts
         if feature not in counts["features"]:
             raise UserError(
-                f"Token store {self.folder} has no feature {feature!r}, only {', '.join(map(repr, self.features))}: "
+                f"Token store {self.folder} has no feature {feature!r}, only "
+                f"{', '.join(map(repr, self.features))}: "
                 "choose the objective that fits, or tokenize with that feature."
             )
         return counts["features"][feature]
@@ -185,7 +191,7 @@ class TokenStore:
 
     def _array(self, name: str) -> ts.TensorStore:
         if name not in self._arrays:
-            spec = {"driver": "zarr3", "kvstore": _array_kvstore(self.folder, name)}
+            spec: dict[str, Any] = {"driver": "zarr3", "kvstore": _array_kvstore(self.folder, name)}
             # The files never change once the store is finished: cached chunks need no second look.
             spec |= {"recheck_cached_data": False, "recheck_cached_metadata": False}
             self._arrays[name] = ts.open(spec, open=True, read=True, context=_context()).result()
@@ -220,8 +226,8 @@ class TokenStore:
         total = self.num_tokens(split, feature)
         if not len(starts):
             return np.zeros(0, np.int32)
-        array = self._array(name)
-        if total * array.dtype.numpy_dtype.itemsize <= RESIDENT_BYTES:
+        stored = self._array(name)
+        if total * stored.dtype.numpy_dtype.itemsize <= RESIDENT_BYTES:
             whole = self._read(lambda: self._whole(name), name)
             pieces = [whole[a : a + n] for a, n in zip(starts.tolist(), lengths.tolist(), strict=True)]
         else:
@@ -229,7 +235,7 @@ class TokenStore:
             def read_all() -> list[np.ndarray]:
                 with ts.Batch() as batch:
                     pending = [
-                        array[a : a + n].read(batch=batch)
+                        stored[a : a + n].read(batch=batch)
                         for a, n in zip(starts.tolist(), lengths.tolist(), strict=True)
                     ]
                 return [future.result() for future in pending]
@@ -242,7 +248,8 @@ class TokenStore:
             return read()
         except ValueError as error:
             raise UserError(
-                f"Token store {self.folder}: {name} cannot be read ({error}); restore it from a copy, or run the "
+                f"Token store {self.folder}: {name} cannot be read ({error}); restore it from a copy, or "
+                f"run the "
                 "tokenize job again."
             ) from error
 
@@ -260,10 +267,10 @@ class _FeatureWriter:
 
     def __init__(self, folder: str, name: str, dtype: str) -> None:
         self.folder, self.name, self.dtype = folder, name, dtype
-        self.array: ts.TensorStore | None = None
+        self.tokens: ts.TensorStore | None = None
         self.written = self.buffered = self.bytes = 0
         self.pieces: list[np.ndarray] = []
-        self.ends: list[int] = []
+        self.ends = array.array("q")  # 8 bytes for each example, where a list of ints takes 36
 
     def add(self, tokens: np.ndarray, num_bytes: int) -> None:
         self.pieces.append(np.asarray(tokens, self.dtype))
@@ -275,30 +282,31 @@ class _FeatureWriter:
 
     def _flush(self, whole_shards: bool) -> None:
         flat = np.concatenate(self.pieces) if self.pieces else np.zeros(0, self.dtype)
-        # Only whole shards are written before the end: a shard that is written twice is read and copied again.
+        # Only whole shards are written before the end: a shard that is written twice is read and copied
+        # again.
         count = len(flat) // SHARD_TOKENS * SHARD_TOKENS if whole_shards else len(flat)
-        if self.array is None:
+        if self.tokens is None:
             spec = _array_spec(self.folder, f"{self.name}/tokens", self.dtype, count)
-            self.array = ts.open(spec, create=True, delete_existing=True).result()
+            self.tokens = ts.open(spec, create=True, delete_existing=True).result()
         else:
-            self.array = self.array.resize(exclusive_max=[self.written + count]).result()
+            self.tokens = self.tokens.resize(exclusive_max=[self.written + count]).result()
         if count:
-            self.array[self.written : self.written + count].write(flat[:count]).result()
+            self.tokens[self.written : self.written + count].write(flat[:count]).result()
         self.written += count
         self.buffered = len(flat) - count
         self.pieces = [flat[count:]]
 
     def finish(self) -> dict[str, int]:
         self._flush(whole_shards=False)
-        offsets = np.array([0, *self.ends], np.int64)
+        offsets = np.concatenate([np.zeros(1, np.int64), np.frombuffer(self.ends, np.int64)])
         spec = _array_spec(self.folder, f"{self.name}/offsets", "int64", len(offsets))
         ts.open(spec, create=True, delete_existing=True).result().write(offsets).result()
         return {"tokens": self.written, "bytes": self.bytes}
 
 
 class TokenStoreWriter:
-    """Writes a store; use it as a context manager. `store.json` is written last, when everything else is on disk:
-    a writer that is interrupted leaves no store, and one that fails removes what it wrote.
+    """Writes a store; use it as a context manager. `store.json` is written last, when everything else is on
+    disk: a writer that is interrupted leaves no store, and one that fails removes what it wrote.
 
     Raises FileExistsError where the folder already holds a store.
     """
@@ -318,6 +326,7 @@ class TokenStoreWriter:
         self._dtype = "uint16" if vocabulary.vocab_size <= 1 << 16 else "int32"
         self._writers: dict[str, dict[str, _FeatureWriter]] = {}
         self._examples: dict[str, int] = {}
+        self.manifest: dict[str, Any] = {}
         self._files = ts.KvStore.open(_kvstore(self.folder)).result()
         if self._files.read(MANIFEST).result().state == "value":
             raise FileExistsError(
@@ -326,6 +335,8 @@ class TokenStoreWriter:
 
     def add_split(self, split: str) -> None:
         """Declares a split, so that it exists even when nothing is added to it."""
+        if not split or "/" in split or split in ("vocabulary", MANIFEST):
+            raise ValueError(f"A split cannot be named {split!r}; rename it.")
         if split not in self._writers:
             self._files.delete_range(ts.KvStore.KeyRange(f"{split}/", f"{split}0")).result()
             self._writers[split] = {
@@ -344,16 +355,17 @@ class TokenStoreWriter:
         self.add_split(split)
         for feature in self.features:
             ids = np.asarray(tokens[feature], np.int64)
-            if len(ids) and not (0 <= ids.min() and ids.max() < self.vocabulary.vocab_size):
+            if len(ids) and (ids.min() < 0 or ids.max() >= self.vocabulary.vocab_size):
                 raise ValueError(
                     f"Example {self._examples[split]} of split {split!r}, feature {feature!r} has token id "
-                    f"{int(ids.max() if ids.min() >= 0 else ids.min())}; the vocabulary has {self.vocabulary.vocab_size}."
+                    f"{int(ids.max() if ids.min() >= 0 else ids.min())}; the vocabulary has "
+                    f"{self.vocabulary.vocab_size}."
                 )
             self._writers[split][feature].add(ids, (num_bytes or {}).get(feature, 0))
         self._examples[split] += 1
 
-    def close(self) -> TokenStore:
-        """Finishes the store and opens it."""
+    def close(self) -> None:
+        """Finishes the store; `manifest` is what `store.json` then holds."""
         splits = {
             split: {
                 "examples": self._examples[split],
@@ -381,9 +393,10 @@ class TokenStoreWriter:
         identity = json.dumps(manifest, sort_keys=True).encode()
         manifest["fingerprint"] = hashlib.sha256(identity).hexdigest()[:16]
         manifest["description"] = self.description
-        # One key of a key-value store is written whole or not at all (locally: a temporary name, fsync, rename).
+        # One key of a key-value store is written whole or not at all (locally: a temporary name, fsync,
+        # rename).
         self._files.write(MANIFEST, json.dumps(manifest, indent=1).encode()).result()
-        return TokenStore.open(self.folder)
+        self.manifest = manifest
 
     def abort(self) -> None:
         """Removes what was written so far."""

@@ -1,0 +1,286 @@
+"""The job that turns documents into a token store."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+import multiprocessing
+import os
+import string
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from etils import epath
+
+from t5style import console
+from t5style.corpus import vocabulary as vocabulary_lib
+from t5style.corpus.document import Document, document_files, read_documents
+from t5style.data.token_store import MANIFEST, TokenStoreWriter
+from t5style.run_dir import RunDir, UserError
+
+# A piece of work for one process: at most this many documents, and about this many characters.
+_CHUNK_DOCUMENTS = 512
+_CHUNK_CHARACTERS = 1 << 20
+# Starting a process costs about a second, and one process encodes ten megabytes in that time.
+_BYTES_WORTH_A_PROCESS = 32 << 20
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(Document))
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenize:
+    """Documents → token store, in the run's folder.
+
+    Attributes:
+      corpus: a prepared corpus (a folder with a folder of documents for each split), or one folder or file of
+        documents, which becomes the split `train`.
+      vocabulary: folder or file of the vocabulary.
+      features: name → template over a document's fields, as in `str.format`: `{text}`, `{source}`,
+        `{meta[title]}`. A document that lacks a field of a template, or has nothing to say in one, is skipped
+        and counted.
+      splits: which of the corpus's splits; None for all.
+      sources: only documents of these sources; None for all.
+      max_tokens: feature → longest example in tokens, longer ones are cut (None: nothing is cut).
+      append_eos: end every example with the end-of-sequence token (as T5's inputs and targets do).
+      workers: processes; None for as many as there are cores, if the corpus is large enough to be worth it.
+    """
+
+    corpus: str = "run:corpus"
+    vocabulary: str = "run:vocabulary"
+    features: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"text": "{text}"})
+    splits: Sequence[str] | None = None
+    sources: Sequence[str] | None = None
+    max_tokens: Mapping[str, int] | None = None
+    append_eos: bool = True
+    workers: int | None = dataclasses.field(default=None, metadata={"affects_result": False})
+
+    distributed: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not self.features:
+            raise ValueError("features is empty; give at least one, such as {'text': '{text}'}.")
+        for feature, template in self.features.items():
+            if not feature.isidentifier():
+                raise ValueError(f"Feature name {feature!r} must be made of letters, digits and underscores.")
+            for name in template_fields(template):
+                if name not in _FIELDS:
+                    raise ValueError(
+                        f"The template of feature {feature!r}, {template!r}, names the field {name!r}; a "
+                        f"document "
+                        f"has {', '.join(_FIELDS)}."
+                    )
+        for feature, limit in (self.max_tokens or {}).items():
+            if feature not in self.features or limit < 1:
+                raise ValueError(
+                    f"max_tokens has {feature!r}: {limit}; it takes lengths of at least 1 for "
+                    f"{', '.join(self.features)}."
+                )
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"workers is {self.workers}; it must be at least 1.")
+
+    def inputs(self) -> Sequence[str]:
+        return [self.corpus, self.vocabulary]
+
+    def __call__(self, run: RunDir) -> dict[str, Any]:
+        vocabulary = vocabulary_lib.load(self.vocabulary)
+        folders = self._split_folders()
+        # A store that is still here was finished, but the run was not recorded as done: make it anew.
+        (epath.Path(run.path) / MANIFEST).unlink(missing_ok=True)
+        figures: dict[str, Any] = {}
+        sources: collections.Counter[str] = collections.Counter()
+        description: dict[str, Any] = {"features": dict(self.features), "sources": sources}
+        writer = TokenStoreWriter(os.fspath(run.path), tuple(self.features), vocabulary, description)
+        with writer:
+            for split, folder in folders.items():
+                writer.add_split(split)
+                figures[split] = self._tokenize_split(split, folder, writer, sources)
+        manifest = writer.manifest
+        for split, counts in figures.items():
+            stored = manifest["splits"][split]["features"]
+            counts |= {f"{feature}_tokens": stored[feature]["tokens"] for feature in self.features}
+            counts |= {f"{feature}_bytes": stored[feature]["bytes"] for feature in self.features}
+        if not any(counts["examples"] for counts in figures.values()):
+            (epath.Path(run.path) / MANIFEST).unlink(missing_ok=True)
+            raise UserError(
+                f"None of the documents in {self.corpus} gave an example ({figures}); "
+                "check the templates in features, and sources."
+            )
+        rows = [
+            [split, counts["documents"], counts["examples"], sum(counts["skipped"].values())]
+            + [counts[f"{feature}_tokens"] for feature in self.features]
+            for split, counts in figures.items()
+        ]
+        console.table(
+            f"Token store {run.path}",
+            [
+                "split",
+                "documents",
+                "examples",
+                "skipped",
+                *(f"{feature} tokens" for feature in self.features),
+            ],
+            rows,
+        )
+        return {
+            "splits": figures,
+            "fingerprint": manifest["fingerprint"],
+            "vocab_size": vocabulary.vocab_size,
+        }
+
+    def _split_folders(self) -> dict[str, epath.Path]:
+        corpus = epath.Path(self.corpus)
+        if not corpus.exists():
+            raise UserError(f"There is no corpus at {self.corpus}; prepare one, or correct the path.")
+        found: dict[str, epath.Path] = {}
+        if corpus.is_dir():
+            for child in sorted(corpus.iterdir()):
+                if child.is_dir() and child.name[0] != "." and any(child.glob("documents-*")):
+                    found[child.name] = child
+        if not found:
+            document_files(self.corpus)  # raises where there are none
+            found = {"train": corpus}
+        if self.splits is None:
+            return found
+        for split in self.splits:
+            if split not in found:
+                raise UserError(f"Corpus {self.corpus} has no split {split!r}, only {', '.join(found)}.")
+        return {split: found[split] for split in self.splits}
+
+    def _tokenize_split(
+        self, split: str, folder: epath.Path, writer: TokenStoreWriter, sources: collections.Counter[str]
+    ) -> dict[str, Any]:
+        documents = examples = 0
+        skipped: collections.Counter[str] = collections.Counter()
+        wanted = None if self.sources is None else set(self.sources)
+        chunks = _chunks(read_documents(folder))
+        with console.progress(f"tokenize {split}", None, unit="docs") as bar:
+            for encoded in self._encoded(folder, chunks, wanted):
+                for example in encoded:
+                    documents += 1
+                    if isinstance(example, str):
+                        skipped[example] += 1
+                        continue
+                    tokens, num_bytes, source = example
+                    writer.add(split, tokens, num_bytes)
+                    sources[source] += 1
+                    examples += 1
+                bar.advance(len(encoded))
+        return {"documents": documents, "examples": examples, "skipped": dict(skipped)}
+
+    def _encoded(
+        self, folder: epath.Path, chunks: Iterator[list[Document]], wanted: set[str] | None
+    ) -> Iterator[list[_Encoded]]:
+        """The chunks' examples, in order, however many processes make them."""
+        work = functools.partial(
+            _encode_chunk,
+            vocabulary=self.vocabulary,
+            features=dict(self.features),
+            max_tokens=dict(self.max_tokens or {}),
+            append_eos=self.append_eos,
+            sources=wanted,
+        )
+        workers = self.workers
+        if workers is None:
+            size = sum(file.stat().length for file in document_files(folder))
+            workers = max(1, min(os.cpu_count() or 1, size // _BYTES_WORTH_A_PROCESS))
+        if workers == 1:
+            yield from map(work, chunks)
+            return
+        # Spawned, not forked: a fork of a process with threads (TensorStore's) may hang.
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+            pending: collections.deque[concurrent.futures.Future[list[_Encoded]]] = collections.deque()
+            for chunk in chunks:
+                pending.append(pool.submit(work, chunk))
+                if len(pending) > 2 * workers:  # bounds what is in memory
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+
+
+# Tokens and bytes of text for each feature, and the source; or the reason why there are none.
+_Encoded = tuple[dict[str, np.ndarray], dict[str, int], str] | str
+
+
+def template_fields(template: str) -> list[str]:
+    """The document fields a template names. Raises ValueError for a template that is not one."""
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise ValueError(f"Template {template!r}: {error}; write a literal brace twice, '{{{{'.") from error
+    return [name.partition("[")[0].partition(".")[0] for name in names]
+
+
+def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    chunk: list[Document] = []
+    characters = 0
+    for document in documents:
+        chunk.append(document)
+        characters += len(document.text)
+        if len(chunk) >= _CHUNK_DOCUMENTS or characters >= _CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+@functools.lru_cache(maxsize=1)
+def _vocabulary(path: str) -> vocabulary_lib.Vocabulary:
+    return vocabulary_lib.load(path)
+
+
+def _encode_chunk(
+    documents: list[Document],
+    vocabulary: str,
+    features: Mapping[str, str],
+    max_tokens: Mapping[str, int],
+    append_eos: bool,
+    sources: set[str] | None,
+) -> list[_Encoded]:
+    """One chunk's examples; runs in a worker process, which loads the vocabulary once."""
+    loaded = _vocabulary(vocabulary)
+    results: list[_Encoded] = []
+    texts: list[str] = []
+    kept: list[tuple[int, str]] = []
+    for document in documents:
+        rendered = (
+            "source not asked for"
+            if sources and document.source not in sources
+            else _render(document, features)
+        )
+        if isinstance(rendered, str):
+            results.append(rendered)
+        else:
+            kept.append((len(results), document.source))
+            results.append("")
+            texts.extend(rendered)
+    encoded = loaded.encode_batch(texts) if texts else []
+    end = np.array([loaded.eos_id] if append_eos else [], np.int32)
+    for number, (place, source) in enumerate(kept):
+        tokens, num_bytes = {}, {}
+        for column, feature in enumerate(features):
+            index = number * len(features) + column
+            limit = max_tokens.get(feature)
+            ids = encoded[index] if limit is None else encoded[index][: limit - len(end)]
+            tokens[feature] = np.concatenate([ids, end])
+            num_bytes[feature] = len(texts[index].encode("utf-8", "replace"))
+        results[place] = (tokens, num_bytes, source)
+    return results
+
+
+def _render(document: Document, features: Mapping[str, str]) -> list[str] | str:
+    """The features' texts, or the reason why the document has none."""
+    fields = {name: getattr(document, name) for name in _FIELDS}
+    texts = []
+    for feature, template in features.items():
+        try:
+            text = template.format(**fields)
+        except (KeyError, IndexError, AttributeError, TypeError) as error:
+            return f"no {error.args[0] if error.args else error} for {feature}"
+        if not text.strip():
+            return f"empty {feature}"
+        texts.append(text)
+    return texts
