@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,7 +16,10 @@ import rich.table
 from t5style import run_dir
 
 # Standard error, so that a job may write its product to standard output. Colours only on a terminal.
-console = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
+# Tables in a log file may be wider than the 80 columns that rich takes there.
+console = rich.console.Console(
+    stderr=True, highlight=False, soft_wrap=True, width=None if sys.stderr.isatty() else 160
+)
 
 LINE_SECONDS = 10.0  # without a terminal, progress is a line this often
 
@@ -92,7 +96,7 @@ class Progress:
         if self.done > self.start:
             parts.append(f"{self.rate():,.1f} {self.unit}/s")
             if self.total is not None and self.done < self.total:
-                parts.append(f"{_duration((self.total - self.done) / self.rate())} left")
+                parts.append(f"{duration((self.total - self.done) / self.rate())} left")
         details = " ".join(f"{name} {_cell(value)}" for name, value in self.fields.items())
         return ", ".join(parts + ([details] if details else []))
 
@@ -120,7 +124,7 @@ def progress(
         return
     if not console.is_terminal:
         yield state
-        say(f"{state.line()} in {_duration(time.monotonic() - state._began)}")
+        say(f"{state.line()} in {duration(time.monotonic() - state._began)}")
         return
     columns = (
         rich.progress.TextColumn("{task.description}"),
@@ -136,7 +140,8 @@ def progress(
         yield state
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """`12.3 s`, `4 min 05 s` or `2 h 10 min`."""
     seconds = round(seconds, 1)
     if seconds < 60:
         return f"{seconds:.1f} s"

@@ -39,6 +39,7 @@ LOCK = ".lock"
 
 # Set by `set_process` once the distributed system is up: asking jax would import it and start its backend.
 _process_index = 0
+_barrier: Callable[[str], None] | None = None
 # Folders locked by this very process: POSIX record locks do not exclude their own process.
 _held: set[tuple[int, str]] = set()
 
@@ -49,10 +50,19 @@ class UserError(Exception):
     """
 
 
-def set_process(index: int) -> None:
-    """Tells run_dir and console which process of the job this is; only process 0 writes and speaks."""
-    global _process_index
+def set_process(index: int, barrier: Callable[[str], None] | None = None) -> None:
+    """Tells every room which process of the job this is (only process 0 writes and speaks) and how to wait
+    for the others.
+    """
+    global _process_index, _barrier
     _process_index = index
+    _barrier = barrier
+
+
+def barrier(name: str) -> None:
+    """Waits until every process has come to the barrier of this name; returns at once in a single process."""
+    if _barrier is not None:
+        _barrier(name)
 
 
 def is_main_process() -> bool:
@@ -316,7 +326,7 @@ class RunDir:
                 "pid": os.getpid(),
                 "host": socket.gethostname(),
                 "folder": os.path.abspath(self.path),
-                "since": _now(),
+                "since": now(),
             }
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(holder).encode(), 0)
@@ -371,12 +381,15 @@ class RunDir:
             "inputs": inputs,
             "outputs": sorted(e.name for e in self.path.iterdir() if not e.name.startswith(".")),
             "figures": dict(figures or {}),
-            "started": started or _now(),
-            "finished": _now(),
+            "started": started or now(),
+            "finished": now(),
             "config": canonical(job),
         }
         if is_main_process():
-            atomic_write(self.path / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+            atomic_write(
+                self.path / MANIFEST,
+                json.dumps(manifest, indent=1, ensure_ascii=False, default=_plain) + "\n",
+            )
         return manifest
 
     def write_lineage(self, entries: Mapping[str, Any]) -> None:
@@ -388,7 +401,9 @@ class RunDir:
         self.create()
         file = self.path / LINEAGE
         lineage = json.loads(file.read_text()) if file.exists() else {}
-        atomic_write(file, json.dumps(lineage | dict(entries), indent=1, ensure_ascii=False) + "\n")
+        atomic_write(
+            file, json.dumps(lineage | dict(entries), indent=1, ensure_ascii=False, default=_plain) + "\n"
+        )
 
     def read_lineage(self) -> dict[str, Any]:
         """What `write_lineage` wrote; empty if nothing."""
@@ -490,8 +505,18 @@ def _parse_lines(text: str) -> list[dict[str, Any]]:
     return lines
 
 
-def _now() -> str:
+def now() -> str:
+    """The local time with its offset, as ISO 8601."""
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def _plain(value: Any) -> Any:
+    """NumPy scalars, small arrays and paths, for json."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise TypeError(f"{type(value).__name__} {value!r} cannot be written as JSON")
 
 
 def free_bytes(path: PathLike) -> int | None:

@@ -1,0 +1,82 @@
+"""The command line: `python -m t5style.main --gin_file=experiments/quickstart.gin`, or `t5style
+--gin_file=...`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from absl import flags
+
+HELP = """\
+usage: python -m t5style.main --gin_file=FILE ... [--gin.NAME=VALUE ...] [--dry_run] [--explain]
+
+Runs the job that gin files bind to launch.run.job, in the folder that they bind to launch.run.run_dir.
+Running the same command again skips what is done and goes on with what is not.
+
+  --gin_file=FILE            a gin file; may be given several times, read in order. Looked for here, in the
+                             --gin_search_paths, in the repository, then in the installed package.
+  --gin.NAME=VALUE           sets a macro: --gin.STEPS=100, --gin.RUN_DIR=runs/mine
+  --gin.Class.field=VALUE    sets a field: --gin.Pretrain.seed=3
+  --gin.scope/Class.field=VALUE
+                             sets it in one scope only, as a gin file does
+  --gin_search_paths=A,B     more folders to look for gin files in
+  --dry_run                  checks everything, shows the job and what each stage would do; runs nothing
+  --explain                  shows every setting: its value, the file and line it comes from, what
+                             it overrides, what is required and not set, and the defaults
+  --explain_sharding         shows how the parameters of the model lie on the mesh
+  -h, --help                 this text
+
+examples:
+  python -m t5style.main --gin_file=experiments/quickstart.gin
+  python -m t5style.main --gin_file=experiments/quickstart.gin --gin.RUN_DIR=runs/again --dry_run
+  python -m t5style.main --gin_file=runs/quickstart/config.gin          # a saved configuration, run again
+
+exit status: 0 done; 1 an error, said in one line; 2 a wrong flag; 130 interrupted (run it again to go on).
+"""
+
+_GIN_FILE = flags.DEFINE_multi_string("gin_file", [], "A gin file; may be repeated.")
+_SEARCH_PATHS = flags.DEFINE_list("gin_search_paths", [], "More folders to look for gin files in.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check everything and show what would be done.")
+_EXPLAIN = flags.DEFINE_bool("explain", False, "Show every setting and where it comes from.")
+_EXPLAIN_SHARDING = flags.DEFINE_bool("explain_sharding", False, "Show how parameters lie on the mesh.")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses flags and hands over to launch; returns the exit status."""
+    arguments = list(sys.argv if argv is None else argv)
+    if any(argument in ("-h", "--help", "-help") for argument in arguments[1:]):
+        print(HELP, end="")
+        return 0
+    bindings = [a.removeprefix("--gin.") for a in arguments if a.startswith("--gin.")]
+    try:
+        rest = flags.FLAGS([a for a in arguments if not a.startswith("--gin.")])[1:]
+    except flags.Error as error:
+        return _usage(str(error))
+    if rest:
+        hint = f"; did you mean --gin_file={rest[0]}?" if rest[0].endswith(".gin") else ""
+        return _usage(f"unexpected argument {rest[0]!r}{hint}")
+    if not _GIN_FILE.value:
+        return _usage("no --gin_file given, for example --gin_file=experiments/quickstart.gin")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # gin files may import modules from here under the `t5style` command too
+    from t5style import launch  # here: --help needs nothing of it
+
+    return launch.main(
+        _GIN_FILE.value,
+        bindings,
+        _SEARCH_PATHS.value,
+        dry_run=_DRY_RUN.value,
+        explain=_EXPLAIN.value,
+        explain_sharding=_EXPLAIN_SHARDING.value,
+    )
+
+
+def _usage(message: str) -> int:
+    print(f"error: {message}\n(python -m t5style.main --help shows all flags)", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
