@@ -1,0 +1,364 @@
+"""The loop that all training shares: step, log, evaluate, checkpoint, and survive.
+
+Two things make it exact. The batch of a step is a pure function of its number, so a resumed run asks for batch n and
+gets it. And the sums of a logging window that a checkpoint cuts in two travel in the checkpoint's metadata, so that a
+resumed run writes the same figures.
+
+Two things keep the device busy. Steps are dispatched ahead and their metrics read `IN_FLIGHT` steps later; and nothing
+in the hot loop moves an array but by an explicit call (`jax.transfer_guard` says so where the platform can tell).
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from t5style import console, run_dir
+from t5style.train.checkpoint import Checkpointer, all_steps
+from t5style.train.goodput import Goodput, mfu
+
+IN_FLIGHT = 2  # steps dispatched and not yet read: enough to hide the host's work, little to lose
+MAX_BAD = 10  # steps in a row skipped, or rollbacks to one checkpoint, before it is no accident any more
+NAN_POLICIES = ("stop", "skip", "rollback")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopOptions:
+    """When the loop does what.
+
+    Attributes:
+      steps: train until this step.
+      log_every, eval_every, checkpoint_every: steps between; eval_every and checkpoint_every None for only at the end.
+      on_nan: what to do where loss or gradient is not finite: 'stop' with an error; 'skip' the update (the step must
+        have been made with skip_nonfinite); 'rollback' to the newest checkpoint and go on after the bad batch.
+    """
+
+    steps: int
+    log_every: int = 10
+    eval_every: int | None = None
+    checkpoint_every: int | None = None
+    on_nan: str = "stop"
+
+    def __post_init__(self) -> None:
+        if self.on_nan not in NAN_POLICIES:
+            raise ValueError(f"on_nan is {self.on_nan!r}; it must be one of {', '.join(NAN_POLICIES)}.")
+        for name in ("steps", "log_every", "eval_every", "checkpoint_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be 1 or more.")
+
+
+@dataclasses.dataclass
+class Progress:
+    """What a checkpoint's metadata keeps of the loop beside the state: plain numbers.
+
+    Attributes:
+      offset: batch number minus step; above 0 once a rollback has jumped over bad batches.
+      tokens: non-padding tokens read so far.
+      seconds: seconds spent stepping and waiting for data so far, over all processes that worked on the run.
+      skipped: updates skipped so far.
+      window: sums and weights of the metrics since the last log line.
+      last: the newest figures, by name.
+    """
+
+    offset: int = 0
+    tokens: float = 0.0
+    seconds: float = 0.0
+    skipped: int = 0
+    window: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    last: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """For the metadata; JSON keeps every bit of a float."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Progress:
+        """What `to_json` gave."""
+        return cls(**dict(value))
+
+
+@dataclasses.dataclass
+class Loop:
+    """Everything a training job hands over; `run_to_end` does the rest.
+
+    Attributes:
+      run: the run folder.
+      options: see LoopOptions.
+      step: the jitted or compiled training step, (state, batch, key) -> (state, metrics).
+      key: base key of dropout; the step folds its number in.
+      batches: batch number -> iterator of device-ready batches from there on.
+      put: host batch -> device batch.
+      checkpointer: saves and restores.
+      metadata: what every checkpoint records beside step and progress.
+      restore: () -> (state, metadata) of the newest whole checkpoint, for rollbacks.
+      evaluate: params -> figures by name ('eval/<task>/loss'), or None.
+      flops_per_token: for MFU.
+      goodput: the clock.
+      first, done: the first and the newest step of this process, kept by the loop.
+    """
+
+    run: run_dir.RunDir
+    options: LoopOptions
+    step: Callable[[Any, Any, jax.Array], tuple[Any, Any]]
+    key: jax.Array
+    batches: Callable[[int], Iterator[Any]]
+    put: Callable[[Any], Any]
+    checkpointer: Checkpointer
+    metadata: Mapping[str, Any]
+    restore: Callable[[], tuple[Any, dict[str, Any]] | None]
+    evaluate: Callable[[Any], dict[str, float]] | None
+    flops_per_token: float
+    goodput: Goodput
+    first: int = 0
+    done: int = 0
+
+    def run_to_end(self, state: Any, progress: Progress) -> tuple[Any, Progress]:
+        """Trains from the state's step to the last, through rollbacks; saves at the end.
+
+        Raises:
+          SystemExit: SIGTERM (status 0) or Ctrl-C (130) came, and the state is saved.
+          UserError: a loss that is not finite, as the policy says; a checkpoint that cannot be written.
+        """
+        rollbacks: collections.Counter[int] = collections.Counter()
+        self.first = self.done = int(state.step)
+        if self.options.on_nan == "rollback" and not all_steps(self.checkpointer.folder):
+            self._save(self.done, state, progress)  # something to go back to
+        with StopSignal() as stop:
+            while True:
+                try:
+                    return self._session(state, progress, stop)
+                except _Rollback as error:
+                    bad = error.with_traceback(None)  # which would keep the bad state alive during the restore
+                finally:
+                    self.goodput.write(self.run, self.first, self.done)
+                state = None
+                state, progress = self._roll_back(bad, rollbacks)
+
+    def _roll_back(self, bad: _Rollback, rollbacks: collections.Counter[int]) -> tuple[Any, Progress]:
+        with self.goodput.timed("checkpoint"):
+            self.checkpointer.wait()
+            restored = self.restore()
+        if restored is None:
+            raise run_dir.UserError(f"{bad}: there is no checkpoint to go back to.")
+        state, metadata = restored
+        back = self.done = int(state.step)
+        rollbacks[back] += 1
+        if rollbacks[back] > MAX_BAD:
+            raise run_dir.UserError(
+                f"{bad}: {MAX_BAD} rollbacks to step {back} did not help. Lower the learning rate or look at the data."
+            )
+        progress = Progress.from_json(metadata["progress"])
+        progress.offset = bad.batch + 1 - back
+        console.say(
+            f"WARNING: {bad}; rolled back to step {back}, going on with batch {bad.batch + 1} "
+            f"(rollback {rollbacks[back]})"
+        )
+        return state, progress
+
+    # --- one stretch without rollback ---
+
+    def _session(self, state: Any, progress: Progress, stop: StopSignal) -> tuple[Any, Progress]:
+        options = self.options
+        done = int(state.step)
+        pending: collections.deque[tuple[int, Any]] = collections.deque()
+        saved = done if done in all_steps(self.checkpointer.folder) else -1
+        with contextlib.ExitStack() as stack:
+            writer = stack.enter_context(contextlib.closing(self.run.metrics(resume_step=done)))
+            bar = stack.enter_context(
+                console.progress("training", total=options.steps, unit="steps", start=done)
+            )
+            reader = _Reader(self, progress, writer, bar)
+            stack.enter_context(self.goodput.timed("step"))
+            source = self.batches(done + progress.offset)
+            closer = getattr(source, "close", None)
+            if closer is not None:
+                stack.callback(closer)
+            while done < options.steps:
+                with self.goodput.timed("data_wait"):
+                    host_batch = next(source)
+                batch = self.put(host_batch)
+                with jax.transfer_guard("disallow"):
+                    state, metrics = self.step(state, batch, self.key)
+                done = self.done = done + 1
+                pending.append((done, metrics))
+                while len(pending) > IN_FLIGHT:
+                    reader.read(*pending.popleft())
+                self.checkpointer.poll()
+                last = done == options.steps
+                stopping = stop.requested(done)
+                evaluating = self.evaluate is not None and (
+                    last or (options.eval_every is not None and done % options.eval_every == 0)
+                )
+                saving = (
+                    last
+                    or stopping is not None
+                    or (options.checkpoint_every is not None and done % options.checkpoint_every == 0)
+                )
+                if not (evaluating or saving):
+                    continue
+                while pending:  # nothing is evaluated or saved before its steps are known to be finite
+                    reader.read(*pending.popleft())
+                if evaluating and self.evaluate is not None:
+                    with self.goodput.timed("evaluate"):
+                        figures = self.evaluate(state.params)
+                    progress.last |= figures
+                    writer.write(done, figures)
+                if saving and saved != done:
+                    reader.settle()
+                    self._save(done, state, progress)
+                    saved = done
+                if stopping is not None and not last:
+                    with self.goodput.timed("checkpoint"):
+                        self.checkpointer.close()
+                    console.say(f"stopped at step {done}; run the same command to go on")
+                    raise SystemExit(stopping)
+            reader.settle()
+            with self.goodput.timed("checkpoint"):
+                self.checkpointer.close()
+        return state, progress
+
+    def _save(self, step: int, state: Any, progress: Progress) -> None:
+        with self.goodput.timed("checkpoint"):
+            self.checkpointer.save(
+                step,
+                state,
+                {**self.metadata, "step": step, "progress": progress.to_json()},
+                metrics=progress.last,
+            )
+
+
+class _Rollback(Exception):
+    def __init__(self, step: int, batch: int) -> None:
+        super().__init__(f"loss or gradient not finite at step {step}, batch {batch}")
+        self.step, self.batch = step, batch
+
+
+class _Reader:
+    """Reads metrics late, sums them over a window, writes a line at multiples of log_every, and minds NaN."""
+
+    def __init__(self, loop: Loop, progress: Progress, writer: run_dir.MetricsWriter, bar: Any) -> None:
+        self.loop, self.progress, self.writer, self.bar = loop, progress, writer, bar
+        self.bad_in_a_row = 0
+        self._clock = self._busy()
+        self._rate_clock, self._rate_tokens = self._clock, 0.0
+
+    def _busy(self) -> float:
+        seconds = self.loop.goodput.snapshot()
+        return seconds.get("step", 0.0) + seconds.get("data_wait", 0.0)
+
+    def settle(self) -> None:
+        """Books the seconds since the last call on the progress."""
+        now = self._busy()
+        self.progress.seconds += now - self._clock
+        self._clock = now
+
+    def read(self, step: int, metrics: Any) -> None:
+        """Waits for the step's metrics and books them."""
+        values = jax.device_get(metrics)
+        progress = self.progress
+        if float(values["nonfinite"][0]) > 0:
+            self._bad(step, step - 1 + progress.offset)
+        else:
+            self.bad_in_a_row = 0
+        for name, (total, weight) in values.items():
+            if name == "tokens":
+                progress.tokens += float(total)
+                self._rate_tokens += float(total)
+                continue
+            sums = progress.window.setdefault(name, [0.0, 0.0])
+            sums[0] += float(total)
+            sums[1] += float(weight)
+        if step % self.loop.options.log_every == 0 or step == self.loop.options.steps:
+            self._log(step)
+        else:
+            self.bar.advance(1)
+
+    def _log(self, step: int) -> None:
+        progress, loop = self.progress, self.loop
+        figures = {
+            f"train/{name}": total / weight if weight else math.nan
+            for name, (total, weight) in progress.window.items()
+            if name != "nonfinite"
+        }
+        progress.window = {}
+        now = self._busy()
+        rate = self._rate_tokens / max(now - self._rate_clock, 1e-9)
+        self._rate_clock, self._rate_tokens = now, 0.0
+        figures["train/tokens_per_second"] = rate
+        figures["train/tokens"] = progress.tokens
+        share = mfu(rate * loop.flops_per_token, jax.devices())
+        if share is not None:
+            figures["train/mfu"] = share
+        self.writer.write(step, figures)
+        progress.last |= figures
+        shown = {"loss": round(figures.get("train/loss", math.nan), 4), "tokens/s": round(rate)}
+        if share is not None:
+            shown["MFU"] = round(share, 3)
+        self.bar.advance(1, **shown)
+
+    def _bad(self, step: int, batch: int) -> None:
+        policy = self.loop.options.on_nan
+        if policy == "rollback":
+            raise _Rollback(step, batch)
+        good = sorted(all_steps(self.loop.checkpointer.folder))
+        kept = f"the last good checkpoint is step {good[-1]}" if good else "there is no checkpoint yet"
+        if policy == "stop":
+            raise run_dir.UserError(
+                f"loss or gradient not finite at step {step}, batch {batch} of {self.loop.run.path}; {kept}. "
+                "Look at the batch (t5style.data.replay), lower the learning rate, or set on_nan to 'skip' or "
+                "'rollback' and run the same command."
+            )
+        self.progress.skipped += 1
+        self.bad_in_a_row += 1
+        console.say(f"WARNING: loss or gradient not finite at step {step}, batch {batch}; the update is skipped")
+        if self.bad_in_a_row >= MAX_BAD:
+            raise run_dir.UserError(
+                f"{MAX_BAD} updates in a row were not finite, the last at step {step}, batch {batch}; {kept}. "
+                "Lower the learning rate or look at the data."
+            )
+
+
+class StopSignal:
+    """Catches SIGTERM and Ctrl-C while training: the loop finishes its step and saves. A second one stops at once.
+
+    With several processes, jax's preemption service catches SIGTERM on any of them and agrees on one step at which all
+    of them stop; Ctrl-C is then left to Python.
+    """
+
+    def __init__(self) -> None:
+        self._status: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._caught)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _caught(self, number: int, frame: Any) -> None:
+        self._status = 0 if number == signal.SIGTERM else 130
+        self._restore()
+
+    def requested(self, step: int) -> int | None:
+        """The exit status if the loop is to stop after this step, else None."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            return 0
+        return self._status
