@@ -1,0 +1,37 @@
+"""One spelling for the same text: Unicode NFC, one kind of line end, no control characters."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import unicodedata
+
+from t5style.corpus.document import Document
+from t5style.corpus.stages import Drop
+
+# C0 and C1 controls but tab and line feed, delete, the byte-order mark, and what is no character at all.
+_REMOVED = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f\ufeff\ufffe\uffff]")
+# Unicode's other line ends (annex 14): carriage return, form feed, next line, line and paragraph separator.
+_LINE_ENDS = re.compile("\r\n?|[\x0c\x85\u2028\u2029]")
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+def normalize(text: str) -> str:
+    """NFC (Unicode annex 15), every line end a line feed, control characters removed, lone surrogates U+FFFD.
+
+    White space and everything visible stay as they are. Doing it twice changes nothing more.
+    """
+    if not text.isascii():
+        text = _SURROGATES.sub("\ufffd", text)
+        text = unicodedata.normalize("NFC", text)
+    # Removal after line ends: "\r\x00\n" is two line ends, not one.
+    return _REMOVED.sub("", _LINE_ENDS.sub("\n", text))
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalize:
+    """The stage that applies ``normalize``."""
+
+    def __call__(self, document: Document) -> Document | Drop:
+        text = normalize(document.text)
+        return document if text == document.text else dataclasses.replace(document, text=text)

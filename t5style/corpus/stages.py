@@ -1,0 +1,64 @@
+"""What happens to one document on its way into a corpus.
+
+A stage is a frozen dataclass that is called with a document and returns it, possibly changed, or
+``Drop(reason)``. It knows nothing of other documents, so stages can run in any process. ``Prepare`` composes
+them in order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+from t5style.corpus.document import Document
+from t5style.run_dir import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Drop:
+    """A document is left out, and why. Reasons are counted: keep them few, without numbers of the
+    document.
+    """
+
+    reason: str
+
+
+class Stage(Protocol):
+    """One step of preparation."""
+
+    def __call__(self, document: Document, /) -> Document | Drop: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class MinLength:
+    """Drops documents of fewer than ``characters`` characters, white space at either end not counted."""
+
+    characters: int = 1
+
+    def __post_init__(self) -> None:
+        _check(self.characters, "MinLength.characters")
+
+    def __call__(self, document: Document) -> Document | Drop:
+        if len(document.text.strip()) < self.characters:
+            return Drop(f"shorter than {self.characters} characters" if self.characters > 1 else "blank")
+        return document
+
+
+@dataclasses.dataclass(frozen=True)
+class MaxLength:
+    """Drops documents of more than ``characters`` characters."""
+
+    characters: int
+
+    def __post_init__(self) -> None:
+        _check(self.characters, "MaxLength.characters")
+
+    def __call__(self, document: Document) -> Document | Drop:
+        if len(document.text) > self.characters:
+            return Drop(f"longer than {self.characters} characters")
+        return document
+
+
+def _check(characters: int, name: str) -> None:
+    if characters < 1:
+        raise UserError(f"{name} must be 1 or more, not {characters}")
