@@ -64,7 +64,9 @@ class Workload:
 
 WORKLOADS = {
     "llama": Workload("LLaMA-style 384 x 6, batch 8 x 512", False, 8192, 384, 1024, 6, 64, 6, 8, 512),
-    "t5": Workload("T5 1.1-small, batch 8 x (512 in, 114 out)", True, 32128, 512, 1024, 6, 64, 8, 8, 114, 512),
+    "t5": Workload(
+        "T5 1.1-small, batch 8 x (512 in, 114 out)", True, 32128, 512, 1024, 6, 64, 8, 8, 114, 512
+    ),
     # For the script's own test: seconds instead of minutes.
     "tiny": Workload("tiny LLaMA-style, batch 2 x 16", False, 64, 32, 64, 2, 16, 2, 2, 16),
 }
@@ -89,7 +91,11 @@ def torch_step(workload: Workload, dtype: str, threads: int, compiled: bool) -> 
                 tie_word_embeddings=False, dropout_rate=0.0, use_cache=False, decoder_start_token_id=0,
             )
         )  # fmt: skip
-        inputs = {"input_ids": arrays["encoder"], "decoder_input_ids": arrays["decoder"], "labels": arrays["targets"]}
+        inputs = {
+            "input_ids": arrays["encoder"],
+            "decoder_input_ids": arrays["decoder"],
+            "labels": arrays["targets"],
+        }
     else:
         model = transformers.LlamaForCausalLM(
             transformers.LlamaConfig(
@@ -115,8 +121,58 @@ def torch_step(workload: Workload, dtype: str, threads: int, compiled: bool) -> 
 
 
 def our_step(workload: Workload, dtype: str, threads: int) -> Callable[[], float]:
-    """One step of t5style's own training step; returns the loss."""
-    raise SystemExit("not yet")
+    """One step of t5style's own training step, on the batch a job would give it; returns the loss."""
+    del threads  # XLA takes the CPUs this process may use
+    import jax
+    import jax.numpy as jnp
+
+    from t5style.models import params as model_params
+    from t5style.models.config import TransformerConfig
+    from t5style.parallel.mesh import MeshConfig
+    from t5style.train.optimizer import Optimizer
+    from t5style.train.schedules import Schedule
+    from t5style.train.state import init_state
+    from t5style.train.step import LanguageModelLoss, make_train_step
+
+    w = workload
+    family = (
+        {"activations": ("gelu", "linear"), "positions": "relative_bias"}
+        if w.encoder_decoder
+        else {"activations": ("silu", "linear"), "positions": "rope", "scale_attention": True}
+    )
+    config = TransformerConfig(
+        vocab_size=w.vocab_size, d_model=w.d_model, d_ff=w.d_ff, num_heads=w.num_heads, head_dim=w.head_dim,
+        decoder_layers=w.layers, encoder_layers=w.layers if w.encoder_decoder else 0,
+        dtype="bfloat16" if dtype == "bf16" else "float32", **family,
+    )  # fmt: skip
+    arrays = w.arrays()
+    batch = {
+        "decoder_input_tokens": arrays["decoder"],
+        "decoder_target_tokens": arrays["targets"],
+        "decoder_loss_weights": np.ones_like(arrays["targets"]),
+    }
+    if w.encoder_decoder:
+        batch["encoder_input_tokens"] = arrays["encoder"]
+    for side in ("decoder", "encoder") if w.encoder_decoder else ("decoder",):
+        shape = batch[f"{side}_input_tokens"].shape
+        batch[f"{side}_segment_ids"] = np.ones(shape, np.int32)
+        batch[f"{side}_positions"] = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    schedule = Schedule(kind="constant", peak=LEARNING_RATE)
+    optimizer = Optimizer(learning_rate=schedule, b2=0.999, weight_decay=0.01, clip_norm=None)
+    transform = optimizer.build(model_params.logical_axes(config), 1000)
+    state = init_state(config, transform, MeshConfig().build())
+    step = jax.jit(
+        make_train_step(LanguageModelLoss(config), transform, schedule.build(1000)), donate_argnums=0
+    )
+    key = jax.random.key(0)
+
+    def run() -> float:
+        nonlocal state
+        state, metrics = step(state, {name: jnp.asarray(x) for name, x in batch.items()}, key)
+        total, weight = metrics["loss"]
+        return float(total) / float(weight)
+
+    return run
 
 
 def build(contestant: str, workload: Workload, dtype: str, threads: int) -> Callable[[], float]:
@@ -163,7 +219,9 @@ class Worker:
     """A contestant's process."""
 
     def __init__(self, contestant: str, workload: str, dtype: str, threads: int) -> None:
-        environment = dict(os.environ, OMP_WAIT_POLICY="PASSIVE", OMP_NUM_THREADS=str(threads), JAX_PLATFORMS="cpu")
+        environment = dict(
+            os.environ, OMP_WAIT_POLICY="PASSIVE", OMP_NUM_THREADS=str(threads), JAX_PLATFORMS="cpu"
+        )
         # The tests' eight pretended devices would share the two threads.
         environment.pop("XLA_FLAGS", None)
         if extra := environment.pop("TRAIN_STEP_XLA_FLAGS", None):
@@ -181,7 +239,9 @@ class Worker:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the {self.name} worker ended with status {self.process.wait()}; its message is above")
+            raise RuntimeError(
+                f"the {self.name} worker ended with status {self.process.wait()}; its message is above"
+            )
         return dict(json.loads(line))
 
     def steps(self, count: int) -> None:
@@ -199,7 +259,9 @@ class Worker:
         self.process.wait()
 
 
-def race(workload: str, dtype: str, contestants: list[str], rounds: int, steps: int, threads: int) -> dict[str, Any]:
+def race(
+    workload: str, dtype: str, contestants: list[str], rounds: int, steps: int, threads: int
+) -> dict[str, Any]:
     """All contestants on one workload, alternating; prints the table and returns its numbers."""
     workers: list[Worker] = []
     try:
@@ -214,7 +276,10 @@ def race(workload: str, dtype: str, contestants: list[str], rounds: int, steps: 
     finally:
         for worker in workers:
             worker.close()
-    rows = {w.name: {"wall_s": w.median("wall"), "cpu_s": w.median("cpu"), "peak_gb": w.median("peak") / 1e9} for w in workers}
+    rows = {
+        w.name: {"wall_s": w.median("wall"), "cpu_s": w.median("cpu"), "peak_gb": w.median("peak") / 1e9}
+        for w in workers
+    }
     print(f"\n{WORKLOADS[workload].title}, {dtype}, {threads} threads, {rounds} rounds of {steps} step(s)")
     print(f"  {'':16}{'wall s':>9}{'CPU s':>9}{'peak GB':>9}")
     for name, row in rows.items():
@@ -222,18 +287,24 @@ def race(workload: str, dtype: str, contestants: list[str], rounds: int, steps: 
     others = [name for name in rows if name != "ours"]
     if "ours" in rows and others:
         ratios = {key: min(rows[name][key] for name in others) / rows["ours"][key] for key in rows["ours"]}
-        print("  best torch / ours: " + ", ".join(f"{key} {value:.2f}" for key, value in ratios.items()) + "\n")
+        print(
+            "  best torch / ours: " + ", ".join(f"{key} {value:.2f}" for key, value in ratios.items()) + "\n"
+        )
         return {"workload": workload, "dtype": dtype, "rows": rows, "ratios": ratios}
     return {"workload": workload, "dtype": dtype, "rows": rows}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--workload", choices=sorted(WORKLOADS), action="append")
     parser.add_argument("--dtype", choices=["f32", "bf16"], action="append")
     parser.add_argument("--contestant", choices=CONTESTANTS, action="append")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=1, help="steps in a row before the next contestant's turn")
+    parser.add_argument(
+        "--steps", type=int, default=1, help="steps in a row before the next contestant's turn"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=pathlib.Path, help="also write the numbers here")
     parser.add_argument("--worker", choices=CONTESTANTS, help=argparse.SUPPRESS)
@@ -249,7 +320,9 @@ def main() -> None:
         print(f"PyTorch {torch.__version__}, transformers {transformers.__version__}")
     except ImportError as problem:
         skipped = [name for name in contestants if name != "ours"]
-        print(f"skipping {', '.join(skipped) or 'nothing'}: {problem}. `pip install torch transformers` adds them.")
+        print(
+            f"skipping {', '.join(skipped) or 'nothing'}: {problem}. `pip install torch transformers` adds them."
+        )
         contestants = [name for name in contestants if name == "ours"]
     found = [
         race(workload, dtype, contestants, args.rounds, args.steps, args.threads)
