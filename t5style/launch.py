@@ -15,28 +15,24 @@ import importlib.metadata
 import inspect
 import os
 import pkgutil
-import platform
 import shlex
-import subprocess
 import sys
 import sysconfig
 import tokenize
 import traceback
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import rich.console
-
 import gin
+import rich.console
 from gin import config_parser
-from t5style import run_dir, workflow
+
+from t5style import run_dir, runner, workflow
 from t5style.console import console, make_table, say
-from t5style.run_dir import RunDir, UserError
+from t5style.run_dir import UserError
 from t5style.settings import (
     COMMAND_LINE,
-    REQUIRED,
     Binding,
     ConfigError,
     Macro,
@@ -44,19 +40,10 @@ from t5style.settings import (
     Reference,
     Settings,
     Target,
-    describe,
     find_file,
     nearest,
     type_problems,
 )
-
-ROOT = Path(__file__).resolve().parent.parent
-CONFIG = "config.gin"
-OPERATIVE = "operative_config.gin"
-ERROR = "error.txt"
-
-# Signs in the environment that this process is one of several (what they mean: parallel/distributed.py).
-_CLUSTER_SIGNS = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "TPU_WORKER_ID", "MEGASCALE_COORDINATOR_ADDRESS")
 
 
 def run(job: Any, run_dir: str, then: Callable[[Any, str], Any] | None = None) -> Any:
@@ -70,7 +57,7 @@ def run(job: Any, run_dir: str, then: Callable[[Any, str], Any] | None = None) -
       run_dir: the run's folder; made if it is not there.
       then: what to do with the two; None runs the job.
     """
-    return (then or execute)(job, run_dir)
+    return (then or runner.execute)(job, run_dir)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +67,7 @@ class Loaded:
     settings: Settings
     job: Any
     run_dir: str
-    config: str  # flat gin text, as given
-    operative: str  # gin's operative config: every parameter of everything built
+    text: runner.ConfigText
 
 
 # ------------------------------------------------------------------------------------------------ reading gin
@@ -95,7 +81,7 @@ def search_folders(extra: Sequence[str] = ()) -> list[str]:
     return [
         "",
         *extra,
-        *(str(place) for place in (ROOT, installed) if os.path.isdir(os.path.join(place, "gin"))),
+        *(str(place) for place in (runner.ROOT, installed) if os.path.isdir(os.path.join(place, "gin"))),
     ]
 
 
@@ -247,21 +233,21 @@ class _Reader:
     def command_line(self, text: str) -> None:
         """One `NAME=value` or `scope/Class.field=value`; classes may be named without their module."""
         name, equals, given = text.partition("=")
-        flag = f"--gin.{text}"
+        place = Place(COMMAND_LINE, flag=text)
         if not equals or not name:
-            raise ConfigError(f"{flag}: write --gin.NAME=value or --gin.Class.field=value")
+            raise ConfigError(f"{place}: write --gin.NAME=value or --gin.Class.field=value")
         if not config_parser.MODULE_RE.match(name.rsplit("/", 1)[-1]):
-            raise ConfigError(f"{flag}: {name!r} is not a macro's name nor Class.field")
-        place = Place(COMMAND_LINE)
-        value = self._value(_parse_value(given, flag), self._anywhere)
+            raise ConfigError(f"{place}: {name!r} is neither a macro's name nor Class.field")
+        look_up = lambda path: self._anywhere(path, place)  # noqa: E731
+        value = self._value(_parse_value(given, place), look_up)
         scope, _, path = name.rpartition("/")
         selector, _, field = path.rpartition(".")
         if selector:
-            self.settings.add(Binding(scope, self._anywhere(selector), field, value, place))
+            self.settings.add(Binding(scope, look_up(selector), field, value, place))
         else:
             self.settings.add(Binding("", None, name, value, place))
 
-    def _anywhere(self, name: str) -> Target:
+    def _anywhere(self, name: str, place: Place) -> Target:
         """The one class or function of that name, with or without its module, in all that the gin files
         import.
         """
@@ -275,20 +261,16 @@ class _Reader:
         used = {i: path for i, path in found.items() if i in self.settings.targets}
         candidates = used if len(used) == 1 else found
         if len(candidates) > 1:
-            raise ConfigError(
-                f"{COMMAND_LINE}: {name!r} may mean {' or '.join(sorted(candidates.values()))}; "
-                "write the longer name"
-            )
+            choice = " or ".join(sorted(candidates.values()))
+            raise ConfigError(f"{place}: {name!r} may mean {choice}; write the longer name")
         if not candidates:
             hint = nearest(name, known) or nearest(name, {path.rsplit(".", 1)[-1] for path in known})
-            raise ConfigError(
-                f"{COMMAND_LINE}: no class or function {name!r} in what the gin files import{hint}"
-            )
+            raise ConfigError(f"{place}: no class or function {name!r} in what the gin files import{hint}")
         path = next(iter(candidates.values()))
         return self.settings.target(known[path], path)
 
 
-def _parse_value(given: str, flag: str) -> Any:
+def _parse_value(given: str, place: Place) -> Any:
     """A gin value, or else a word or path taken as a string, so that `--gin.RUN_DIR=runs/mine` needs no inner
     quotes.
     """
@@ -302,7 +284,7 @@ def _parse_value(given: str, flag: str) -> Any:
     if given[:1].isalpha() or given[:1] in ("/", ".", "~", "_"):
         return given
     raise ConfigError(
-        f"{flag}: {given!r} is not a value; strings may need quotes, as in --gin.NAME='\"text\"'"
+        f"{place}: {given!r} is not a value; strings may need quotes, as in --gin.NAME='\"text\"'"
     )
 
 
@@ -365,10 +347,18 @@ def load(gin_files: Sequence[str], bindings: Sequence[str] = (), search_paths: S
     settings = read(gin_files, bindings, search_paths)
     problems = settings.problems(root_of(settings))
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError(_list(problems))
     config = settings.flat(f"As given to: {command_text(gin_files, bindings, search_paths)}")
     job, folder = _build(settings, config)
-    return Loaded(settings, job, folder, config, gin.operative_config_str())
+    return Loaded(settings, job, folder, runner.ConfigText(config, gin.operative_config_str()))
+
+
+def _list(problems: Sequence[str]) -> str:
+    if len(problems) == 1:
+        return problems[0]
+    return f"{len(problems)} things are wrong with this configuration:" + "".join(
+        f"\n  - {p}" for p in problems
+    )
 
 
 def root_of(settings: Settings) -> Target:
@@ -377,7 +367,8 @@ def root_of(settings: Settings) -> Target:
     if root is None or not any(key[1:] == (id(run), "job") for key in settings.bindings):
         raise ConfigError(
             "no gin file binds launch.run.job: give an experiment, "
-            "such as --gin_file=experiments/quickstart.gin, or add `from t5style import launch` and `launch.run.job = @module.Job()`"
+            "such as --gin_file=experiments/quickstart.gin, "
+            "or add `from t5style import launch` and `launch.run.job = @module.Job()`"
         )
     return root
 
@@ -397,7 +388,7 @@ def _build(settings: Settings, config: str) -> tuple[Any, str]:
             f"({settings.where(root_of(settings), 'run_dir')})"
         )
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError(_list(problems))
     try:
         workflow.check_job(job)
         if not isinstance(job, workflow.Workflow) and (names := workflow.stage_references(job)):
@@ -430,26 +421,18 @@ def _explain_failure(settings: Settings, error: BaseException) -> str:
 
 
 def _without_wrappers(value: Any, settings: Settings) -> Any:
-    """Replaces gin's wrappers of functions and classes passed as they are by the originals, which can be
-    pickled.
-    """
+    """Replaces gin's wrappers of functions and classes passed as they are by the originals, which pickle."""
     if isinstance(value, types.FunctionType | type):
-        originals = {
-            id(gin.get_configurable(t.thing)): t.thing
-            for t in settings.targets.values()
-            if t.thing is not value
-        }
-        return originals.get(id(value), value)
+        targets = settings.targets.values()
+        return {id(gin.get_configurable(t.thing)): t.thing for t in targets}.get(id(value), value)
     if isinstance(value, Mapping):
         return {key: _without_wrappers(item, settings) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(_without_wrappers(item, settings) for item in value)
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         held = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
         plain = {name: _without_wrappers(item, settings) for name, item in held.items()}
-        changed = {
-            name: item for name, item in plain.items() if item is not held[name] and item != held[name]
-        }
+        changed = {name: item for name, item in plain.items() if item != held[name]}
         return dataclasses.replace(value, **changed) if changed else value
     return value
 
@@ -473,9 +456,7 @@ def main(
     explain: bool = False,
     explain_sharding: bool = False,
 ) -> int:
-    """What `python -m t5style.main` does after its flags are parsed. Returns the exit status; prints errors
-    itself.
-    """
+    """What the command does once its flags are parsed. Says errors itself; returns the exit status."""
     command = command_text(gin_files, bindings, search_paths)
     folder: str | None = None
     try:
@@ -483,143 +464,24 @@ def main(
             return 1
         loaded = load(gin_files, bindings, search_paths)
         if dry_run:
-            _dry_run(loaded)
+            runner.dry_run(loaded.job, loaded.run_dir)
         if explain_sharding:
-            _explain_sharding(loaded)
+            runner.explain_sharding(loaded.job, loaded.run_dir)
         if dry_run or explain or explain_sharding:
             return 0
         folder = loaded.run_dir
-        execute(loaded.job, folder, loaded)
+        runner.execute(loaded.job, folder, loaded.text)
     except KeyboardInterrupt:
         say(f"\nInterrupted. To go on where it was, run the same command again:\n    {command}")
         return 130
     except (UserError, ValueError, OSError) as error:
-        _report(error, folder, user=isinstance(error, UserError))
+        runner.report(error, folder)
         return 1
     except Exception as error:
-        _report(error, folder, user=False)
+        runner.report(error, folder)
         console.print(traceback.format_exc(), markup=False)
         return 1
     return 0
-
-
-def execute(job: Any, folder: str, loaded: Loaded | None = None) -> dict[str, Any]:
-    """Starts the processes if there are several, takes the run folder, writes what this run is, and runs the
-    job.
-    """
-    workflow.check_job(job)
-    distributed = bool(getattr(job, "distributed", False))
-    if distributed or any(sign in os.environ for sign in _CLUSTER_SIGNS):
-        from t5style.parallel import distributed as processes  # imports jax
-
-        if processes.initialize():
-            import jax
-
-            run_dir.set_process(jax.process_index(), processes.barrier)
-            processes.check_same("configuration", run_dir.fingerprint(job))
-    run = RunDir(folder)
-    with run.lock():
-        if isinstance(job, workflow.Workflow):
-            _write_description(run, loaded)
-            figures = job(run)
-        else:
-            inputs = workflow.all_inputs(job, {}, run)
-            if (
-                workflow.state(job, run, inputs)[0] != "changed"
-            ):  # else `perform` refuses; leave the folder as it is
-                _write_description(run, loaded)
-            figures = workflow.perform(job, run, {}, root=run, replace=False)
-        if run_dir.is_main_process() and (run.path / ERROR).exists():
-            (run.path / ERROR).unlink()
-    say(f"Done. Everything is in {run.path}")
-    return figures
-
-
-def _write_description(run: RunDir, loaded: Loaded | None) -> None:
-    """config.gin, operative_config.gin and lineage.json. A config.gin that says the same is left alone, with
-    its places.
-    """
-    if not run_dir.is_main_process():
-        return
-    run.create()
-    if loaded is not None:
-        config = run.path / CONFIG
-        before = config.read_text() if config.exists() else None
-        if before is None or _bare(before) != _bare(loaded.config):
-            if before is not None:
-                number = 1
-                while (kept := run.path / f"config.replaced-{number}.gin").exists():
-                    number += 1
-                run_dir.atomic_write(kept, before)
-            run_dir.atomic_write(config, loaded.config)
-        run_dir.atomic_write(run.path / OPERATIVE, loaded.operative)
-    run.write_lineage(_lineage())
-
-
-def _bare(config: str) -> list[str]:
-    """The bindings of a config text without comments, in any order."""
-    return sorted(
-        line.split("  # ", 1)[0] for line in config.splitlines() if line and not line.startswith("#")
-    )
-
-
-def _lineage() -> dict[str, Any]:
-    versions = {
-        d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"]
-    }
-    return {
-        "code": _git(),
-        "command": shlex.join(sys.orig_argv),
-        "started": run_dir.now(),
-        "host": platform.node(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "packages": dict(sorted(versions.items(), key=lambda item: item[0].lower())),
-    }
-
-
-def _git() -> dict[str, Any]:
-    """Commit of the code that runs, and whether files differ from it; the version alone if it is not in a
-    repository.
-    """
-    code: dict[str, Any] = {"version": importlib.metadata.version("t5style")}
-    if (ROOT / ".git").exists():
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            git = ["git", "-C", str(ROOT)]
-            ask = {
-                "check": True,
-                "capture_output": True,
-                "text": True,
-                "timeout": 20,
-                "stdin": subprocess.DEVNULL,
-            }
-            code["commit"] = subprocess.run([*git, "rev-parse", "HEAD"], **ask).stdout.strip()  # type: ignore[call-overload]
-            changed = subprocess.run([*git, "status", "--porcelain"], **ask).stdout.splitlines()  # type: ignore[call-overload]
-            code["changed_files"] = [line[3:] for line in changed]
-    return code
-
-
-def _report(error: BaseException, folder: str | None, user: bool) -> None:
-    """The error in words; the traceback goes to error.txt in the run folder if it is more than the user's own
-    words.
-    """
-    text = str(error) or type(error).__name__
-    console.print("error: ", style="bold red", end="")
-    console.print(text, markup=False, style=None)
-    if folder is None or (user and isinstance(error, ConfigError)) or not run_dir.is_main_process():
-        return
-    with contextlib.suppress(OSError):  # the disk may be what is wrong
-        if os.path.isdir(folder) and not _in_use(folder):
-            run_dir.atomic_write(os.path.join(folder, ERROR), traceback.format_exc())
-            say(f"(where it happened: {os.path.join(folder, ERROR)})")
-
-
-def _in_use(folder: str) -> bool:
-    try:
-        with RunDir(folder).lock():
-            return False
-    except UserError:
-        return True
 
 
 # ------------------------------------------------------------------------------------------------ only saying
@@ -636,39 +498,3 @@ def _explain(settings: Settings) -> bool:
         console.print("error: ", style="bold red", end="")
         console.print(problem, markup=False)
     return not problems
-
-
-def _dry_run(loaded: Loaded) -> None:
-    """Prints the job and what each stage would do; calls the `dry_run` hooks of jobs that have one."""
-    job, run = loaded.job, RunDir(loaded.run_dir)
-    say(f"Run folder: {run.path}")
-    if isinstance(job, workflow.Workflow):
-        for number, (name, stage, how) in enumerate(workflow.plan(job, run), start=1):
-            say(f"[{number}/{len(job.stages)}] {name}: {how}. {workflow.purpose(stage)}")
-            _say_job(stage, run.child(name), run, "    ")
-    else:
-        say(f"{workflow.forecast(job, run, workflow.all_inputs(job, {}, run))}. {workflow.purpose(job)}")
-        _say_job(job, run, run, "")
-
-
-def _say_job(job: Any, run: RunDir, root: RunDir, indent: str) -> None:
-    for line in describe(job, indent=indent):
-        say(line)
-    if hasattr(job, "dry_run"):
-        workflow.resolve(job, root).dry_run(run)
-
-
-def _explain_sharding(loaded: Loaded) -> None:
-    """Asks every job that has parameters to show how they lie on its mesh."""
-    run = RunDir(loaded.run_dir)
-    stages = loaded.job.stages if isinstance(loaded.job, workflow.Workflow) else {"": loaded.job}
-    able = {name: job for name, job in stages.items() if hasattr(job, "explain_sharding")}
-    if not able:
-        raise UserError("--explain_sharding: no job of this configuration has a mesh")
-    for name, job in able.items():
-        if name:
-            say(f"{name}: {type(job).__name__}")
-        workflow.resolve(job, run).explain_sharding()
-
-
-__all__ = ["REQUIRED", "Loaded", "execute", "load", "main", "read", "run", "search_folders"]

@@ -1,9 +1,7 @@
-"""What a run leaves behind: its folder, the lock on it, its manifest, metrics and lineage, and writes that
-are never half done.
+"""What a run leaves behind: its folder, the lock on it, its manifest, metrics and lineage; and fingerprints.
 
-A run folder holds `config.gin` and `operative_config.gin` (written by launch), `lineage.json`,
-`metrics.jsonl` and
-`tensorboard/`, the job's own outputs, and, once the job is done, `manifest.json`.
+A run folder holds `config.gin` and `operative_config.gin` (written by runner.py), `lineage.json`,
+`metrics.jsonl` and `tensorboard/`, the job's own outputs, and, once the job is done, `manifest.json`.
 
 This module imports neither jax nor any other room, so that every room may use it.
 """
@@ -21,16 +19,19 @@ import json
 import logging
 import os
 import pathlib
-import shutil
 import socket
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
-PathLike = str | os.PathLike[str]
+from t5style.files import PathLike as PathLike
+from t5style.files import UserError as UserError
+from t5style.files import atomic_folder as atomic_folder
+from t5style.files import atomic_write as atomic_write
+from t5style.files import free_bytes as free_bytes
+from t5style.files import is_local as is_local
 
 MANIFEST = "manifest.json"
 LINEAGE = "lineage.json"
@@ -42,12 +43,6 @@ _process_index = 0
 _barrier: Callable[[str], None] | None = None
 # Folders locked by this very process: POSIX record locks do not exclude their own process.
 _held: set[tuple[int, str]] = set()
-
-
-class UserError(Exception):
-    """An error whose message alone is shown to the user: launch prints it without a traceback and exits with
-    status 1.
-    """
 
 
 def set_process(index: int, barrier: Callable[[str], None] | None = None) -> None:
@@ -68,88 +63,6 @@ def barrier(name: str) -> None:
 def is_main_process() -> bool:
     """True in process 0 (and in every single-process run)."""
     return _process_index == 0
-
-
-# ----------------------------------------------------------------------------------------------------- writes
-
-
-def is_local(path: PathLike) -> bool:
-    """True if `path` is on a file system of this machine (not gs://, s3://, ...)."""
-    return "://" not in os.fspath(path)
-
-
-def atomic_write(path: PathLike, data: str | bytes) -> None:
-    """Writes a whole file so that readers see the old content or the new one and nothing between, even if the
-    power goes.
-
-    Local files: temporary sibling, fsync, rename, fsync of the folder. Object stores replace an object in one
-    step by themselves.
-    """
-    content = data.encode("utf-8") if isinstance(data, str) else data
-    target = epath.Path(path)
-    if not is_local(path):
-        target.write_bytes(content)
-        return
-    temporary = f"{os.fspath(target.parent)}/.{target.name}.tmp-{uuid.uuid4().hex[:8]}"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, os.fspath(target))
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    _sync_folder(target.parent)
-
-
-@contextlib.contextmanager
-def atomic_folder(path: PathLike) -> Iterator[epath.Path]:
-    """Yields a temporary sibling folder to fill; it takes the name `path` when the block ends, and vanishes
-    if the block fails.
-
-    An existing folder of that name is replaced as a whole: it is moved aside, and deleted only when the new
-    one has its name.
-    """
-    target = epath.Path(path)
-    suffix = uuid.uuid4().hex[:8]
-    temporary = target.parent / f".{target.name}.tmp-{suffix}"
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        _sync_tree(temporary)
-    except BaseException:
-        temporary.rmtree()
-        raise
-    old: epath.Path | None = None
-    if target.exists():
-        old = target.parent / f".{target.name}.old-{suffix}"
-        target.rename(old)
-    temporary.rename(target)
-    _sync_folder(target.parent)
-    if old is not None:
-        old.rmtree()
-
-
-def _sync_folder(path: PathLike) -> None:
-    """Makes renames inside a local folder durable."""
-    if is_local(path):
-        descriptor = os.open(os.fspath(path), os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _sync_tree(path: PathLike) -> None:
-    if not is_local(path):
-        return
-    for folder, _, names in os.walk(os.fspath(path)):
-        for name in names:
-            with open(os.path.join(folder, name), "rb") as file:
-                os.fsync(file.fileno())
-        _sync_folder(folder)
 
 
 # ----------------------------------------------------------------------------------------------- fingerprints
@@ -517,13 +430,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     raise TypeError(f"{type(value).__name__} {value!r} cannot be written as JSON")
-
-
-def free_bytes(path: PathLike) -> int | None:
-    """Bytes free where `path` is or will be; None for object stores."""
-    if not is_local(path):
-        return None
-    place = os.path.abspath(path)
-    while not os.path.exists(place):
-        place = os.path.dirname(place)
-    return shutil.disk_usage(place).free

@@ -41,9 +41,10 @@ class Place:
 
     file: str
     line: int = 0
+    flag: str = ""  # as given on the command line
 
     def __str__(self) -> str:
-        return self.file if self.file == COMMAND_LINE else f"{self.file}:{self.line}"
+        return f"--gin.{self.flag}" if self.file == COMMAND_LINE else f"{self.file}:{self.line}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -469,36 +470,6 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def _plain_name(hint: Any) -> str:
     return getattr(hint, "__name__", None) or str(hint)
-
-
-def describe(value: Any, name: str = "", indent: str = "") -> Iterator[str]:
-    """A built configuration as an indented tree, without the fields that hold their defaults."""
-    head = f"{indent}{name + ': ' if name else ''}"
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        yield f"{head}{type(value).__name__}"
-        for field in dataclasses.fields(value):
-            held = getattr(value, field.name)
-            default = (
-                field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-            )
-            if held != default:
-                yield from describe(held, field.name, indent + "  ")
-    elif isinstance(value, Mapping) and any(_deep(item) for item in value.values()):
-        yield f"{head}"
-        for key, item in value.items():
-            yield from describe(item, str(key), indent + "  ")
-    elif isinstance(value, list | tuple) and any(_deep(item) for item in value):
-        yield f"{head}"
-        for item in value:
-            yield from describe(item, "-", indent + "  ")
-    elif isinstance(value, types.FunctionType | type):
-        yield f"{head}{value.__module__}.{value.__qualname__}"
-    else:
-        yield f"{head}{value!r}"
-
-
-def _deep(value: Any) -> bool:
-    return dataclasses.is_dataclass(value) or isinstance(value, Mapping | list | tuple | types.FunctionType)
 
 
 def find_file(name: str, folders: Sequence[str]) -> str:

@@ -1,0 +1,222 @@
+"""Carrying out a built configuration: processes, run folder, lineage, the job itself, and what is said when
+it fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import traceback
+import types
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from t5style import run_dir, workflow
+from t5style.console import console, say
+from t5style.run_dir import RunDir, UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = "config.gin"
+OPERATIVE = "operative_config.gin"
+ERROR = "error.txt"
+
+# Signs in the environment that this process is one of several (what they mean: parallel/distributed.py).
+_CLUSTER_SIGNS = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "TPU_WORKER_ID", "MEGASCALE_COORDINATOR_ADDRESS")
+
+
+@dataclasses.dataclass(frozen=True)
+class ConfigText:
+    """What a configuration says, for the run folder."""
+
+    given: str  # flat gin text with the place of every binding
+    operative: str  # gin's operative config: every parameter of everything built
+
+
+def execute(job: Any, folder: str, text: ConfigText | None = None) -> dict[str, Any]:
+    """Starts the processes if there are several, takes the run folder, writes what this run is, and runs the
+    job.
+    """
+    workflow.check_job(job)
+    distributed = bool(getattr(job, "distributed", False))
+    if distributed or any(sign in os.environ for sign in _CLUSTER_SIGNS):
+        from t5style.parallel import distributed as processes  # imports jax
+
+        if processes.initialize():
+            import jax
+
+            run_dir.set_process(jax.process_index(), processes.barrier)
+            processes.check_same("configuration", run_dir.fingerprint(job))
+    run = RunDir(folder)
+    with run.lock():
+        if isinstance(job, workflow.Workflow):
+            _write_description(run, text)
+            figures = job(run)
+        else:
+            inputs = workflow.all_inputs(job, {}, run)
+            if (
+                workflow.state(job, run, inputs)[0] != "changed"
+            ):  # else `perform` refuses; leave the folder as it is
+                _write_description(run, text)
+            figures = workflow.perform(job, run, {}, root=run, replace=False)
+        if run_dir.is_main_process() and (run.path / ERROR).exists():
+            (run.path / ERROR).unlink()
+    say(f"Done. Everything is in {run.path}")
+    return figures
+
+
+def _write_description(run: RunDir, text: ConfigText | None) -> None:
+    """config.gin, operative_config.gin and lineage.json. A config.gin that says the same is left alone, with
+    its places.
+    """
+    if not run_dir.is_main_process():
+        return
+    run.create()
+    if text is not None:
+        config = run.path / CONFIG
+        before = config.read_text() if config.exists() else None
+        if before is None or _bare(before) != _bare(text.given):
+            if before is not None:
+                number = 1
+                while (kept := run.path / f"config.replaced-{number}.gin").exists():
+                    number += 1
+                run_dir.atomic_write(kept, before)
+            run_dir.atomic_write(config, text.given)
+        run_dir.atomic_write(run.path / OPERATIVE, text.operative)
+    run.write_lineage(_lineage())
+
+
+def _bare(config: str) -> list[str]:
+    """The bindings of a config text without comments, in any order."""
+    return sorted(
+        line.split("  # ", 1)[0] for line in config.splitlines() if line and not line.startswith("#")
+    )
+
+
+def _lineage() -> dict[str, Any]:
+    versions = {
+        d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"]
+    }
+    return {
+        "code": _git(),
+        "command": shlex.join(sys.orig_argv),
+        "started": run_dir.now(),
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "packages": dict(sorted(versions.items(), key=lambda item: item[0].lower())),
+    }
+
+
+def _git() -> dict[str, Any]:
+    """Commit of the code that runs, and whether files differ from it; the version alone if it is not in a
+    repository.
+    """
+    code: dict[str, Any] = {"version": importlib.metadata.version("t5style")}
+    if (ROOT / ".git").exists():
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            git = ["git", "-C", str(ROOT)]
+            ask = {
+                "check": True,
+                "capture_output": True,
+                "text": True,
+                "timeout": 20,
+                "stdin": subprocess.DEVNULL,
+            }
+            code["commit"] = subprocess.run([*git, "rev-parse", "HEAD"], **ask).stdout.strip()  # type: ignore[call-overload]
+            changed = subprocess.run([*git, "status", "--porcelain"], **ask).stdout.splitlines()  # type: ignore[call-overload]
+            code["changed_files"] = [line[3:] for line in changed]
+    return code
+
+
+def report(error: BaseException, folder: str | None) -> None:
+    """Says the error in words. If the run had begun, its traceback goes to error.txt in the run folder."""
+    console.print("error: ", style="bold red", end="")
+    console.print(str(error) or type(error).__name__, markup=False)
+    if folder is None or not run_dir.is_main_process():
+        return
+    with contextlib.suppress(OSError):  # the disk may be what is wrong
+        if os.path.isdir(folder) and not _in_use(folder):
+            file = os.path.join(folder, ERROR)
+            run_dir.atomic_write(file, "".join(traceback.format_exception(error)))
+            say(f"(where it happened: {file})")
+
+
+def _in_use(folder: str) -> bool:
+    try:
+        with RunDir(folder).lock():
+            return False
+    except UserError:
+        return True
+
+
+# ----- only saying
+
+
+def dry_run(job: Any, folder: str) -> None:
+    """Prints the job and what each stage would do; calls the `dry_run` hooks of jobs that have one."""
+    run = RunDir(folder)
+    say(f"Run folder: {run.path}")
+    if isinstance(job, workflow.Workflow):
+        for number, (name, stage, how) in enumerate(workflow.plan(job, run), start=1):
+            say(f"[{number}/{len(job.stages)}] {name}: {how}. {workflow.purpose(stage)}")
+            _say_job(stage, run.child(name), run, "    ")
+    else:
+        say(f"{workflow.forecast(job, run, workflow.all_inputs(job, {}, run))}. {workflow.purpose(job)}")
+        _say_job(job, run, run, "")
+
+
+def _say_job(job: Any, run: RunDir, root: RunDir, indent: str) -> None:
+    for line in describe(job, indent=indent):
+        say(line)
+    if hasattr(job, "dry_run"):
+        workflow.resolve(job, root).dry_run(run)
+
+
+def describe(value: Any, name: str = "", indent: str = "") -> Iterator[str]:
+    """A built configuration as an indented tree, without the fields that hold their defaults."""
+    head = f"{indent}{name + ': ' if name else ''}"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield f"{head}{type(value).__name__}"
+        for field in dataclasses.fields(value):
+            held = getattr(value, field.name)
+            default = (
+                field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+            )
+            if held != default:
+                yield from describe(held, field.name, indent + "  ")
+    elif isinstance(value, Mapping) and any(_deep(item) for item in value.values()):
+        yield f"{head}"
+        for key, item in value.items():
+            yield from describe(item, str(key), indent + "  ")
+    elif isinstance(value, list | tuple) and any(_deep(item) for item in value):
+        yield f"{head}"
+        for item in value:
+            yield from describe(item, "-", indent + "  ")
+    elif isinstance(value, types.FunctionType | type):
+        yield f"{head}{value.__module__}.{value.__qualname__}"
+    else:
+        yield f"{head}{value!r}"
+
+
+def _deep(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) or isinstance(value, Mapping | list | tuple | types.FunctionType)
+
+
+def explain_sharding(job: Any, folder: str) -> None:
+    """Asks every job that has parameters to show how they lie on its mesh."""
+    run = RunDir(folder)
+    stages = job.stages if isinstance(job, workflow.Workflow) else {"": job}
+    able = {name: stage for name, stage in stages.items() if hasattr(stage, "explain_sharding")}
+    if not able:
+        raise UserError("--explain_sharding: no job of this configuration has a mesh")
+    for name, able_job in able.items():
+        if name:
+            say(f"{name}: {type(able_job).__name__}")
+        workflow.resolve(able_job, run).explain_sharding()
