@@ -46,6 +46,8 @@ class TransformerConfig:
       precision: of matrix products of float32 inputs, as jax.lax.Precision names it (TPU and GPU; no effect on CPU).
       init: 't5' (Mesh TensorFlow's scales, see nn/initializers.py) or 'normal' (N(0, init_scale), LLaMA).
       init_scale: a factor on T5's standard deviations, or the standard deviation itself for 'normal'.
+      context_length: the longest sequence the model is meant for, None if it has no such length (relative positions).
+        It changes no computation; those who read or write text look at it.
     """
 
     vocab_size: int
@@ -74,13 +76,14 @@ class TransformerConfig:
     precision: str = "default"
     init: str = "t5"
     init_scale: float = 1.0
+    context_length: int | None = None
 
     def __post_init__(self) -> None:
         activations = (self.activations,) if isinstance(self.activations, str) else tuple(self.activations)
         object.__setattr__(self, "activations", activations)  # a tuple, so that the config can be hashed
         for name in ("vocab_size", "d_model", "d_ff", "num_heads", "decoder_layers"):
             _whole(name, getattr(self, name), 1)
-        for name in ("num_kv_heads", "head_dim"):
+        for name in ("num_kv_heads", "head_dim", "context_length"):
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), 1)
         _whole("encoder_layers", self.encoder_layers, 0, "0 makes a decoder-only model")
