@@ -126,7 +126,8 @@ class Loop:
         """Trains from the state's step to the last, through rollbacks; saves at the end.
 
         Raises:
-          SystemExit: SIGTERM (status 0) or Ctrl-C (130) came, and the state is saved.
+          SystemExit: SIGTERM came and the state is saved (status 0).
+          KeyboardInterrupt: Ctrl-C came and the state is saved.
           UserError: a loss that is not finite, as the policy says; a checkpoint that cannot be written.
         """
         rollbacks: collections.Counter[int] = collections.Counter()
@@ -221,7 +222,9 @@ class Loop:
                     with self.goodput.timed("checkpoint"):
                         self.checkpointer.close()
                     console.say(f"stopped at step {done}; run the same command to go on")
-                    raise SystemExit(stopping)
+                    if stopping == 0:
+                        raise SystemExit(0)
+                    raise KeyboardInterrupt
             reader.settle()
             with self.goodput.timed("checkpoint"):
                 self.checkpointer.close()

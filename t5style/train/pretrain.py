@@ -1,0 +1,392 @@
+"""The job that trains a model on a task or mixture. Finetuning is the same job with parameters to start from."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from t5style import console, run_dir
+from t5style.data.pipeline import BatchSource
+from t5style.data.task import Mixture, Task
+from t5style.models import params as model_params
+from t5style.models.config import TransformerConfig
+from t5style.parallel import explain, rules
+from t5style.parallel import mesh as mesh_lib
+from t5style.parallel.mesh import MeshConfig
+from t5style.parallel.rules import Rules
+from t5style.train import checkpoint, initialize, preflight
+from t5style.train import state as state_lib
+from t5style.train.goodput import Goodput
+from t5style.train.loop import Loop, LoopOptions, Progress
+from t5style.train.optimizer import Optimizer
+from t5style.train.step import LanguageModelLoss, make_eval_step, make_train_step
+
+Figures = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrain:
+    """Trains `model` on `task` for `steps` steps.
+
+    The run folder gets model.json, vocabulary/, checkpoints/, metrics.jsonl, tensorboard/, preflight.txt and .json,
+    goodput.json and lineage.json. Run again, it goes on from its newest checkpoint, exactly.
+
+    Attributes:
+      model: the model.
+      task: what to learn, a Task or a Mixture.
+      lengths: places in a row, {'encoder': 512, 'decoder': 114}; only 'decoder' for a decoder-only model.
+      steps: updates to make in all.
+      batch_size: rows of the global batch; a multiple of data × fsdp × accumulation.
+      optimizer, mesh, rules: see their classes.
+      seed: of parameters, order of the data, corruption and dropout.
+      split: the task's split to learn from.
+      eval_tasks: what to evaluate on; None for `task` itself (each task of a mixture by itself).
+      eval_split: their split; None for no evaluation.
+      eval_every: steps between evaluations; None for only at the end.
+      eval_batches: batches of each evaluation task to read, from its beginning; None for all of the split.
+      eval_batch_size: rows of an evaluation batch; None for batch_size / accumulation.
+      checkpoint_every: steps between checkpoints; None for only at the end (and on SIGTERM).
+      keep: newest checkpoints to keep; keep_every: also keep those at multiples of this step for good;
+        keep_best: also keep the one with the lowest value of this metric, for example 'eval/<task>/loss'.
+      log_every: steps between lines of metrics.
+      accumulation: microbatches per step.
+      on_nan: 'stop', 'skip' or 'rollback', see `loop.LoopOptions`.
+      label_smoothing, z_loss: see `losses.cross_entropy`.
+      pack: several supervised examples share a row.
+      init_from: run folder, checkpoint or Hugging Face directory whose parameters to start from; None for random ones.
+    """
+
+    model: TransformerConfig
+    task: Task | Mixture
+    lengths: Mapping[str, int]
+    steps: int = 1000
+    batch_size: int = 8
+    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    rules: Rules = dataclasses.field(default_factory=Rules)
+    seed: int = 0
+    split: str = "train"
+    eval_tasks: Sequence[Task] | None = None
+    eval_split: str | None = "validation"
+    eval_every: int | None = None
+    eval_batches: int | None = None
+    eval_batch_size: int | None = None
+    checkpoint_every: int | None = None
+    keep: int = 3
+    keep_every: int | None = None
+    keep_best: str | None = None
+    log_every: int = 10
+    accumulation: int = 1
+    on_nan: str = "stop"
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    pack: bool = True
+    init_from: str | None = None
+
+    distributed: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        self.options()
+        for name in ("batch_size", "accumulation", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+        for name in ("eval_batches", "eval_batch_size", "keep_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be 1 or more, or None.")
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"batch_size is {self.batch_size} and accumulation {self.accumulation}: the batch cannot be cut into "
+                "that many equal microbatches. Make batch_size a multiple of accumulation."
+            )
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing is {self.label_smoothing}; it must lie in [0, 1).")
+        if self.z_loss < 0:
+            raise ValueError(f"z_loss is {self.z_loss}; it must be 0 or more.")
+
+    def options(self) -> LoopOptions:
+        """The loop's options."""
+        return LoopOptions(
+            steps=self.steps,
+            log_every=self.log_every,
+            eval_every=self.eval_every,
+            checkpoint_every=self.checkpoint_every,
+            on_nan=self.on_nan,
+        )
+
+    def inputs(self) -> Sequence[str]:
+        """Folders whose content decides the result."""
+        stores = [task.store for task in (*_tasks(self.task), *(self.eval_tasks or ()))]
+        return [*dict.fromkeys(stores), *([self.init_from] if self.init_from else [])]
+
+    # --- abstract questions: nothing is allocated ---
+
+    def explain_sharding(self) -> None:
+        """Prints how the parameters lie on the mesh."""
+        explain.explain(
+            model_params.logical_axes(self.model),
+            model_params.abstract_params(self.model),
+            self.mesh.build(),
+            self.rules,
+        )
+
+    def dry_run(self, run: run_dir.RunDir) -> None:
+        """Prints what the run would cost, from shapes alone; checks batch, mesh and lengths against each other."""
+        mesh = self.mesh.build()
+        rules.check_batch(self.batch_size, mesh, self.accumulation)
+        costs = self.costs(mesh)
+        positions = self.steps * self.batch_size * sum(self._lengths().values())
+        console.say(
+            f"{costs.parameters:,} parameters; {explain.format_bytes(costs.state_bytes)} of parameters and optimiser "
+            f"state and {explain.format_bytes(costs.gradient_bytes)} of gradients on each device ({costs.mesh}); "
+            f"{self.steps:,} steps of {self.batch_size} rows: up to {positions:,} tokens, "
+            f"{positions * costs.flops_per_token:.3g} FLOPs"
+        )
+
+    def costs(self, mesh: Mesh) -> preflight.Costs:
+        """Parameters, bytes per device and FLOPs per token, from shapes alone."""
+        abstract, shardings = self._abstract(mesh)
+        return preflight.Costs(
+            parameters=model_params.count_params(abstract.params),
+            state_bytes=state_lib.bytes_per_device(abstract, shardings),
+            gradient_bytes=state_lib.bytes_per_device(abstract.params, shardings.params),
+            flops_per_token=self._flops_per_token(),
+            mesh=mesh_lib.describe(mesh),
+        )
+
+    def _flops_per_token(self) -> float:
+        lengths = self._lengths()
+        return model_params.flops_per_token(self.model, lengths["decoder"], lengths.get("encoder", 0))
+
+    def _lengths(self) -> dict[str, int]:
+        sides = ("encoder", "decoder") if self.model.architecture == "encoder_decoder" else ("decoder",)
+        missing = [side for side in sides if side not in self.lengths]
+        if missing:
+            raise ValueError(
+                f"lengths is {dict(self.lengths)}; a {self.model.architecture} model also needs {missing[0]!r}."
+            )
+        return {side: int(self.lengths[side]) for side in sides}
+
+    @functools.cached_property
+    def _optimizer(self) -> optax.GradientTransformation:
+        return self.optimizer.build(model_params.logical_axes(self.model), self.steps)
+
+    def _abstract(self, mesh: Mesh) -> tuple[Any, Any]:
+        abstract = state_lib.abstract_state(self.model, self._optimizer)
+        return abstract, state_lib.state_shardings(abstract, self.model, mesh, self.rules)
+
+    # --- the run ---
+
+    def __call__(self, run: run_dir.RunDir) -> Figures:
+        """Trains; returns final losses, tokens, seconds, tokens per second and shares of time.
+
+        Raises:
+          UserError, ValueError: what preflight refuses; a loss that is not finite; a checkpoint that cannot be written.
+          SystemExit: SIGTERM came; the state is saved.
+        """
+        goodput = Goodput()
+        began = time.perf_counter()
+        mesh = self.mesh.build()
+        rules.check_batch(self.batch_size, mesh, self.accumulation)
+        source = BatchSource(
+            self.task, self.split, self.batch_size, self._lengths(), self.model.architecture, self.seed, self.pack
+        )
+        preflight.check_vocabulary(self.model, source.vocabulary, source.tasks[0].store)
+        keeper = checkpoint.Checkpointer(
+            run.path / "checkpoints", self.keep, self.keep_every, best_metric=self.keep_best
+        )
+        with rules.use_mesh(mesh, self.rules):
+            state, progress, start = self._start(run, mesh, source, keeper)
+            preflight.preflight(
+                run,
+                config=self.model,
+                source=source,
+                split=self.split,
+                seed=self.seed,
+                steps=self.steps,
+                costs=self.costs(mesh),
+                start=start,
+            )
+            if run_dir.is_main_process():
+                run_dir.atomic_write(run.path / "model.json", self.model.to_json())
+                source.vocabulary.save(run.path / "vocabulary")
+            loop = self._loop(run, mesh, source, keeper, goodput, state)
+            state, progress = loop.run_to_end(state, progress)
+        return self._figures(state, progress, goodput, source, time.perf_counter() - began)
+
+    def _start(
+        self, run: run_dir.RunDir, mesh: Mesh, source: BatchSource, keeper: checkpoint.Checkpointer
+    ) -> tuple[Any, Progress, str]:
+        """The state to begin with. Precedence: 1. this run's own newest checkpoint; 2. init_from; 3. random."""
+        abstract, shardings = self._abstract(mesh)
+        # 1. Resume.
+        restored = keeper.restore_latest(state_lib.with_shardings(abstract, shardings))
+        if restored is not None:
+            state, metadata = restored
+            self._check_same_run(run, metadata, source)
+            step = int(state.step)
+            progress = Progress.from_json(metadata["progress"])
+            return state, progress, f"resumes this run at step {step} of {self.steps}"
+        lineage: dict[str, Any] = {
+            "dataset_fingerprint": source.fingerprint,
+            "vocabulary_fingerprint": source.vocabulary.fingerprint,
+            "seed": self.seed,
+        }
+        # 2. Parameters of another run, fresh optimiser state.
+        if self.init_from is not None:
+            begin = initialize.load_params(
+                self.init_from, self.model, abstract.params, shardings.params, source.vocabulary
+            )
+            run.write_lineage(lineage | begin.lineage)
+            state = state_lib.init_state(
+                self.model, self._optimizer, mesh, self.rules, self.seed, begin.params
+            )
+            return state, Progress(), begin.source
+        # 3. From scratch.
+        run.write_lineage(lineage | {"parent": None})
+        state = state_lib.init_state(self.model, self._optimizer, mesh, self.rules, self.seed)
+        return state, Progress(), f"random parameters, seed {self.seed}"
+
+    def _check_same_run(
+        self, run: run_dir.RunDir, metadata: Mapping[str, Any], source: BatchSource
+    ) -> None:
+        for name, theirs, ours in (
+            ("data", metadata["data_fingerprint"], source.fingerprint),
+            ("seed", metadata["seed"], self.seed),
+        ):
+            if theirs != ours:
+                raise run_dir.UserError(
+                    f"the checkpoints in {run.path} were trained with {name} {theirs}, this configuration has {name} "
+                    f"{ours}: resuming would repeat or skip examples. Choose another RUN_DIR, with "
+                    f"init_from={str(run.path)!r} to start from these parameters."
+                )
+
+    def _loop(
+        self,
+        run: run_dir.RunDir,
+        mesh: Mesh,
+        source: BatchSource,
+        keeper: checkpoint.Checkpointer,
+        goodput: Goodput,
+        state: Any,
+    ) -> Loop:
+        abstract, shardings = self._abstract(mesh)
+        loss = LanguageModelLoss(self.model, self.label_smoothing, self.z_loss)
+        step = jax.jit(
+            make_train_step(
+                loss,
+                self._optimizer,
+                self.optimizer.learning_rate.build(self.steps),
+                accumulation=self.accumulation,
+                skip_nonfinite=self.on_nan == "skip",
+            ),
+            out_shardings=(shardings, None),
+            donate_argnums=0,
+        )
+        shard, shards = rules.host_shard(mesh)
+        put = functools.partial(rules.put_batch, mesh=mesh)
+        # A typed key on every device of the mesh, once: the hot loop moves nothing but batches.
+        key = jax.device_put(jax.random.key(self.seed), mesh_lib.replicated(mesh))
+        with goodput.timed("compile"):
+            example = put(source.batch_at(0, shard, shards))
+            compiled = step.lower(state, example, key).compile()
+        target = state_lib.with_shardings(abstract, shardings)
+        return Loop(
+            run=run,
+            options=self.options(),
+            step=compiled,
+            key=key,
+            batches=lambda start: source.iter(start, shard, shards),
+            put=put,
+            checkpointer=keeper,
+            metadata={
+                "data_fingerprint": source.fingerprint,
+                "vocabulary_fingerprint": source.vocabulary.fingerprint,
+                "seed": self.seed,
+                "model": json.loads(self.model.to_json()),
+            },
+            restore=lambda: keeper.restore_latest(target),
+            evaluate=self._evaluator(mesh, loss),
+            flops_per_token=self._flops_per_token(),
+            goodput=goodput,
+        )
+
+    def _evaluator(self, mesh: Mesh, loss: LanguageModelLoss) -> Any:
+        """params -> {'eval/<task>/loss': ...}; None where there is nothing to evaluate on."""
+        if self.eval_split is None:
+            return None
+        rows = self.eval_batch_size or self.batch_size // self.accumulation
+        rules.check_batch(rows, mesh)
+        sources = {
+            task.name: BatchSource(
+                task, self.eval_split, rows, self._lengths(), self.model.architecture, self.seed, self.pack, False
+            )
+            for task in (self.eval_tasks if self.eval_tasks is not None else _tasks(self.task))
+        }
+        step = jax.jit(make_eval_step(loss))
+        shard, shards = rules.host_shard(mesh)
+
+        def evaluate(params: Any) -> dict[str, float]:
+            figures: dict[str, float] = {}
+            for name, source in sources.items():
+                sums: dict[str, np.ndarray] = {}
+                with contextlib.closing(
+                    source.evaluation_iter(shard, shards, max_batches=self.eval_batches)
+                ) as batches:
+                    for metrics in _late(step(params, rules.put_batch(batch, mesh)) for batch in batches):
+                        for metric, pair in metrics.items():
+                            sums[metric] = sums.get(metric, np.zeros(2)) + np.asarray(pair, np.float64)
+                for metric, (total, weight) in sums.items():
+                    figures[f"eval/{name}/{metric}"] = float(total / weight) if weight else math.nan
+                figures[f"eval/{name}/tokens"] = float(sums["loss"][1])
+            return figures
+
+        return evaluate
+
+    def _figures(
+        self, state: Any, progress: Progress, goodput: Goodput, source: BatchSource, seconds: float
+    ) -> Figures:
+        last = progress.last
+        evaluated = {name: value for name, value in last.items() if name.startswith("eval/")}
+        shares = goodput.fractions()
+        return {
+            "steps": int(state.step),
+            "parameters": model_params.count_params(self.model),
+            "train_loss": last.get("train/loss"),
+            **evaluated,
+            "tokens": progress.tokens,
+            "epochs": self.steps / source.batches_per_epoch,
+            "training_seconds": round(progress.seconds, 3),
+            "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else None,
+            "seconds_of_this_process": round(seconds, 3),
+            "data_wait": round(shares["data_wait"], 5),
+            "goodput": round(shares["goodput"], 4),
+            "skipped_updates": progress.skipped,
+            "dataset_fingerprint": source.fingerprint,
+        }
+
+
+def _tasks(task: Task | Mixture) -> tuple[Task, ...]:
+    return tuple(task.tasks) if isinstance(task, Mixture) else (task,)
+
+
+def _late(results: Iterator[Any]) -> Iterator[Any]:
+    """Device results as host arrays, each read after the next is dispatched: the device does not wait for the host."""
+    before: Any = None
+    for result in results:
+        if before is not None:
+            yield jax.device_get(before)
+        before = result
+    if before is not None:
+        yield jax.device_get(before)
