@@ -204,8 +204,8 @@ class _Reader:
                 else nearest(name, everything) or _by_last(name, everything)
             )
             raise ConfigError(
-                f"{place}: {name!r} means nothing here: no import gives {root!r}{hint} "
-                f"(add a line like `from t5style.train import {root}`)"
+                f"{place}: {name!r} means nothing here: no import gives {root!r}{hint}; "
+                f"add a line like `from t5style.train import {root}`"
             )
         found: Any = symbols[root][1]
         for attribute in attributes:
@@ -300,7 +300,7 @@ def _public(module: Any) -> list[str]:
 
 def _by_last(name: str, everything: Sequence[str]) -> str:
     same = [path for path in everything if path.rsplit(".", 1)[-1] == name]
-    return f"; did you mean {same[0]!r}?" if same else ""
+    return f" (did you mean {same[0]!r}?)" if same else ""
 
 
 def _no_module(name: str) -> str:
@@ -345,10 +345,11 @@ def load(gin_files: Sequence[str], bindings: Sequence[str] = (), search_paths: S
     is wrong.
     """
     settings = read(gin_files, bindings, search_paths)
-    problems = settings.problems(root_of(settings))
+    root = root_of(settings)
+    problems = settings.problems(root)
     if problems:
         raise ConfigError(_list(problems))
-    config = settings.flat(f"As given to: {command_text(gin_files, bindings, search_paths)}")
+    config = settings.flat(root, f"As given to: {command_text(gin_files, bindings, search_paths)}")
     job, folder = _build(settings, config)
     return Loaded(settings, job, folder, runner.ConfigText(config, gin.operative_config_str()))
 
@@ -458,7 +459,6 @@ def main(
 ) -> int:
     """What the command does once its flags are parsed. Says errors itself; returns the exit status."""
     command = command_text(gin_files, bindings, search_paths)
-    folder: str | None = None
     try:
         if explain and not _explain(read(gin_files, bindings, search_paths)):
             return 1
@@ -469,16 +469,18 @@ def main(
             runner.explain_sharding(loaded.job, loaded.run_dir)
         if dry_run or explain or explain_sharding:
             return 0
-        folder = loaded.run_dir
-        runner.execute(loaded.job, folder, loaded.text)
+        runner.execute(loaded.job, loaded.run_dir, loaded.text)
     except KeyboardInterrupt:
         say(f"\nInterrupted. To go on where it was, run the same command again:\n    {command}")
         return 130
+    except BrokenPipeError:  # `--explain | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (UserError, ValueError, OSError) as error:
-        runner.report(error, folder)
+        runner.report(error)
         return 1
     except Exception as error:
-        runner.report(error, folder)
+        runner.report(error)
         console.print(traceback.format_exc(), markup=False)
         return 1
     return 0

@@ -55,20 +55,32 @@ def execute(job: Any, folder: str, text: ConfigText | None = None) -> dict[str, 
             processes.check_same("configuration", run_dir.fingerprint(job))
     run = RunDir(folder)
     with run.lock():
-        if isinstance(job, workflow.Workflow):
-            _write_description(run, text)
-            figures = job(run)
-        else:
-            inputs = workflow.all_inputs(job, {}, run)
-            if (
-                workflow.state(job, run, inputs)[0] != "changed"
-            ):  # else `perform` refuses; leave the folder as it is
+        try:
+            if isinstance(job, workflow.Workflow):
                 _write_description(run, text)
-            figures = workflow.perform(job, run, {}, root=run, replace=False)
+                figures = job(run)
+            else:
+                inputs = workflow.all_inputs(job, {}, run)
+                if workflow.state(job, run, inputs)[0] != "changed":  # else `perform` refuses: touch nothing
+                    _write_description(run, text)
+                figures = workflow.perform(job, run, {}, root=run, replace=False)
+        except workflow.OtherSettings:
+            raise
+        except Exception as error:
+            _keep_error(run, error)
+            raise
         if run_dir.is_main_process() and (run.path / ERROR).exists():
             (run.path / ERROR).unlink()
     say(f"Done. Everything is in {run.path}")
     return figures
+
+
+def _keep_error(run: RunDir, error: Exception) -> None:
+    """Writes the traceback into the run folder, and says so."""
+    if run_dir.is_main_process():
+        with contextlib.suppress(OSError):  # the disk may be what is wrong
+            run_dir.atomic_write(run.path / ERROR, "".join(traceback.format_exception(error)))
+            error.add_note(f"(where it happened: {run.path / ERROR})")
 
 
 def _write_description(run: RunDir, text: ConfigText | None) -> None:
@@ -135,28 +147,14 @@ def _git() -> dict[str, Any]:
     return code
 
 
-def report(error: BaseException, folder: str | None) -> None:
-    """Says the error in words. If the run had begun, its traceback goes to error.txt in the run folder."""
+def report(error: BaseException) -> None:
+    """Says an error in words, without its traceback."""
+    lines = [str(error) or type(error).__name__, *getattr(error, "__notes__", ())]
     console.print("error: ", style="bold red", end="")
-    console.print(str(error) or type(error).__name__, markup=False)
-    if folder is None or not run_dir.is_main_process():
-        return
-    with contextlib.suppress(OSError):  # the disk may be what is wrong
-        if os.path.isdir(folder) and not _in_use(folder):
-            file = os.path.join(folder, ERROR)
-            run_dir.atomic_write(file, "".join(traceback.format_exception(error)))
-            say(f"(where it happened: {file})")
+    console.print("\n".join(lines), markup=False)
 
 
-def _in_use(folder: str) -> bool:
-    try:
-        with RunDir(folder).lock():
-            return False
-    except UserError:
-        return True
-
-
-# ----- only saying
+# ----------------------------------------------------------------------------------------------- only saying
 
 
 def dry_run(job: Any, folder: str) -> None:

@@ -122,13 +122,13 @@ class Binding:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the most similar of the known names, or nothing."""
+    """` (did you mean 'x'?)` for the most similar of the known names, or nothing."""
     known = list(known)
     lower = {k.lower(): k for k in known}
     found = difflib.get_close_matches(name, known, 1) or [
         lower[match] for match in difflib.get_close_matches(name.lower(), lower, 1)
     ]
-    return f"; did you mean {found[0]!r}?" if found else ""
+    return f" (did you mean {found[0]!r}?)" if found else ""
 
 
 class Settings:
@@ -269,11 +269,14 @@ class Settings:
 
     # ------------------------------------------------------------------------------------------------ writing
 
-    def flat(self, command: str) -> str:
-        """The whole configuration as one gin text to run again; each line says where it came from."""
+    def flat(self, root: Target, command: str) -> str:
+        """What has an effect, as one gin text that can be run again; each line says where it came from."""
+        now = _Walk(self, with_history=False)
+        now.visit(root, "")
+        counting = [b for b in self.bindings.values() if b.key in now.used]
         lines = [f"# {command}", "", "from __gin__ import dynamic_registration"]
         lines += sorted(self.imports)
-        ordered = sorted(self.bindings.values(), key=lambda b: b.target is not None)  # macros first; stable
+        ordered = sorted(counting, key=lambda b: b.target is not None)  # macros first; stable
         previous = None
         for binding in ordered:
             group = binding.target and (binding.scope, binding.target.name)

@@ -30,6 +30,11 @@ from t5style import run_dir
 from t5style.console import duration, say
 from t5style.run_dir import RunDir, UserError
 
+
+class OtherSettings(UserError):
+    """The run folder holds work of another configuration."""
+
+
 STARTED = "started.json"
 PREFIX = "run:"  # "run:corpus/train" is the folder "train" in that of the stage "corpus"
 
@@ -75,9 +80,8 @@ class Workflow:
         if needed in self.stages:
             return f", which does not come before it; the order is {', '.join(self.stages)}"
         close = difflib.get_close_matches(needed, earlier, 1)
-        return f", but there is no such stage{f'; did you mean {PREFIX}{close[0]}?' if close else ''}" + (
-            "" if close else f"; stages before it: {', '.join(earlier) or 'none'}"
-        )
+        hint = f" (did you mean {PREFIX}{close[0]}?)" if close else ""
+        return f", but there is no such stage{hint}; before it come {', '.join(earlier) or 'none'}"
 
     @property
     def distributed(self) -> bool:
@@ -190,7 +194,8 @@ def state(job: Any, run: RunDir, inputs: Mapping[str, str]) -> tuple[State, list
         kept = [{k: v for k, v in tree.items() if k not in free} for tree in (record["config"], config)]
         if kept[0] == kept[1] and record["inputs"] == dict(inputs):
             return "continued", changes
-        changes += list(differences(record["inputs"], dict(inputs), "input "))
+        names = sorted(record["inputs"].keys() | inputs.keys())
+        changes += [f"input {n} changed" for n in names if record["inputs"].get(n) != inputs.get(n)]
         return "changed", changes
     return "new", []
 
@@ -212,7 +217,7 @@ def perform(
       `may_change` only) -> call the job, which goes on by itself; begun with others -> move the folder aside
       (`replace`) or refuse; nothing there -> call the job. The caller holds the folder's lock.
 
-    Raises UserError if the folder holds another configuration's work and `replace` is False.
+    Raises OtherSettings if the folder holds another configuration's work and `replace` is False.
     """
     started = time.monotonic()
     inputs = all_inputs(job, stages, root)
@@ -225,7 +230,7 @@ def perform(
         return dict((run.read_manifest() or {}).get("figures", {}))
     if how == "changed":
         if not replace:
-            raise UserError(
+            raise OtherSettings(
                 f"run folder {run.path} holds a run with other settings ({_few(changes)}); "
                 f"choose another RUN_DIR, or move that folder away"
             )
@@ -286,8 +291,7 @@ def differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
         return
     if isinstance(old, Mapping) and isinstance(new, Mapping) and old.get("__class__") == new.get("__class__"):
         for key in [*old, *(k for k in new if k not in old)]:
-            separator = "." if name and not name.endswith(" ") else ""
-            yield from differences(old.get(key), new.get(key), f"{name}{separator}{key}")
+            yield from differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
     else:
         yield f"{name}: {_short(old)} -> {_short(new)}"
 
