@@ -14,7 +14,6 @@ from t5style import console, run_dir
 from t5style.corpus.vocabulary import Vocabulary
 from t5style.data.objectives import DECODER_ONLY, CausalLM
 from t5style.data.pipeline import BatchSource
-from t5style.data.replay import describe
 from t5style.data.task import Task
 from t5style.data.token_store import TokenStore
 from t5style.models.config import TransformerConfig
@@ -207,4 +206,22 @@ def _text(figures: Mapping[str, Any], source: BatchSource) -> str:
             f"supervised; rows filled: {filled}"
         )
         lines += ["             " + line for line in task["examples"].splitlines()]
+    return "\n".join(lines)
+
+
+def describe(batch: Mapping[str, np.ndarray], vocabulary: Vocabulary, rows: int) -> str:
+    """The first examples of a batch as text; what is learned stands between [[ and ]]."""
+    lines = []
+    for row in range(min(rows, len(batch["decoder_target_tokens"]))):
+        if "encoder_input_tokens" in batch:
+            own = batch["encoder_segment_ids"][row] == 1
+            lines.append(f"row {row} reads: {vocabulary.decode(batch['encoder_input_tokens'][row][own])!r}")
+        own = batch["decoder_segment_ids"][row] == 1
+        tokens, weights = batch["decoder_target_tokens"][row][own], batch["decoder_loss_weights"][row][own] > 0
+        cuts = np.flatnonzero(np.diff(weights)) + 1
+        text = ""
+        for part, kept in zip(np.split(tokens, cuts), np.split(weights, cuts), strict=True):
+            piece = vocabulary.decode(part)
+            text += f"[[{piece}]]" if len(kept) and kept[0] else piece
+        lines.append(f"row {row} says: {text!r}")
     return "\n".join(lines)
