@@ -152,6 +152,55 @@ class DocumentWriter:
         self._stack.__exit__(kind, error, trace)
 
 
+class ShardWriter:
+    """Writes documents to a folder's files ``documents-00000-of-00002.parquet`` and so on, a new one begun
+    when one holds ``shard_bytes`` of text. Used in a ``with`` block; the files get their last names when it
+    ends well.
+    """
+
+    def __init__(self, folder: epath.PathLike, shard_bytes: int):
+        self._folder = epath.Path(folder)
+        self._limit = shard_bytes
+        self._room = 0
+        self._paths: list[epath.Path] = []
+        self._writer: DocumentWriter | None = None
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def write(self, document: Document) -> None:
+        """Adds one document."""
+        if self._writer is None or self._room <= 0:
+            self._close(None, None, None)
+            self._paths.append(self._folder / f"documents-{len(self._paths):05d}.parquet")
+            self._writer = DocumentWriter(self._paths[-1]).__enter__()
+            self._room = self._limit
+        self._writer.write(document)
+        self._room -= len(document.text.encode())
+
+    def _close(self, kind: Any, error: Any, trace: Any) -> None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.__exit__(kind, error, trace)
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._close(kind, error, trace)
+        if kind is None:
+            for path in self._paths:
+                path.rename(path.parent / f"{path.stem}-of-{len(self._paths):05d}.parquet")
+
+
+def count_documents(path: epath.PathLike) -> int:
+    """The number of documents in Parquet files, from their footers."""
+    import pyarrow.parquet
+
+    count = 0
+    for file in document_files(path):
+        with file.open("rb") as raw:
+            count += pyarrow.parquet.ParquetFile(raw).metadata.num_rows
+    return count
+
+
 @contextlib.contextmanager
 def atomic_open(path: epath.PathLike) -> Iterator[IO[bytes]]:
     """Opens a temporary sibling for writing; renames it to ``path`` on success, removes it on failure."""

@@ -48,12 +48,14 @@ class Part:
       path: the file.
       id: of its document, or what the ids of its documents begin with.
       size: bytes in the file.
+      modified: when it was last changed, seconds since 1970.
       reader: the source, which knows how to read it.
     """
 
     path: str
     id: str
     size: int
+    modified: float
     reader: Reader
 
     def read(self) -> Iterator[Document | Quarantined]:
@@ -122,7 +124,7 @@ class TextFiles:
         return self.paths
 
     def parts(self) -> list[Part]:
-        return [Part(os.fspath(path), id, _size(path), self) for path, id in _find(self.paths, self.source)]
+        return _parts(self.paths, self.source, self)
 
     def read(self, path: epath.Path, id: str) -> Iterator[Document | Quarantined]:
         with open_lines(path) as file:
@@ -211,7 +213,7 @@ class JsonLines:
         return self.paths
 
     def parts(self) -> list[Part]:
-        return [Part(os.fspath(path), id, _size(path), self) for path, id in _find(self.paths, self.source)]
+        return _parts(self.paths, self.source, self)
 
     def read(self, path: epath.Path, id: str) -> Iterator[Document | Quarantined]:
         number = 0
@@ -310,7 +312,7 @@ class Files:
         return self.paths
 
     def parts(self) -> list[Part]:
-        return [Part(os.fspath(path), id, _size(path), self) for path, id in _find(self.paths, "files")]
+        return _parts(self.paths, "files", self)
 
     def read(self, path: epath.Path, id: str) -> Iterator[Document | Quarantined]:
         suffix = epath.Path(re.sub(r"\.(gz|zst)$", "", path.name)).suffix.lower()
@@ -349,8 +351,12 @@ def _check_paths(paths: Sequence[str], name: str) -> None:
         raise UserError(f"{name}.paths is empty: name at least one file, folder or pattern")
 
 
-def _size(path: epath.Path) -> int:
-    return int(path.stat().length)
+def _parts(paths: Sequence[str], source: str, reader: Reader) -> list[Part]:
+    parts = []
+    for path, id in _find(paths, source):
+        stat = path.stat()
+        parts.append(Part(os.fspath(path), id, stat.length, float(stat.mtime or 0), reader))
+    return parts
 
 
 def _find(paths: Sequence[str], source: str) -> list[tuple[epath.Path, str]]:

@@ -16,11 +16,15 @@ from t5style.run_dir import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Drop:
-    """A document is left out, and why. Reasons are counted: keep them few, without numbers of the
-    document.
+    """A document is left out.
+
+    Attributes:
+      reason: why; the same words for all documents of which it is true, for reasons are counted.
+      detail: what there is to say about this document.
     """
 
     reason: str
+    detail: str = ""
 
 
 class Stage(Protocol):

@@ -252,6 +252,10 @@ class SentencePieceVocabulary(Vocabulary):
         """The piece behind an id below base_size, with U+2581 for a space."""
         return str(self._processor.id_to_piece(int(token)))
 
+    def is_byte(self, token: int) -> bool:
+        """Whether an id below base_size stands for a single byte."""
+        return bool(self._processor.is_byte(int(token)))
+
     def _encode(self, text: str) -> list[int]:
         if self._mark_ids is not None and _SPACE_MARK in text:
             # To SentencePiece this character is a space: spell it in bytes to keep it.
