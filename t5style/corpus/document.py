@@ -308,6 +308,41 @@ def _read_parquet(path: epath.Path) -> Iterator[Document]:
         raise UserError(f"{path} is not a readable Parquet file: {error}") from error
 
 
+class _ZstdReader(io.RawIOBase):
+    """What is inside a zstd file of one or more frames. Unlike zstandard's stream_reader, which ends
+    quietly, it raises EOFError where the file was cut off.
+    """
+
+    def __init__(self, raw: IO[bytes]):
+        self._raw = raw
+        self._frame: Any = None
+        self._input = b""
+        self._output = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        import zstandard
+
+        while not self._output:
+            self._input = self._input or self._raw.read(1 << 17)
+            if not self._input:
+                if self._frame is not None:
+                    raise EOFError("the file ends inside a zstd frame")
+                return 0
+            if self._frame is None:
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+            self._output = self._frame.decompress(self._input)
+            self._input = b""
+            if self._frame.eof:
+                self._input, self._frame = self._frame.unused_data, None
+        size = min(len(buffer), len(self._output))
+        buffer[:size] = self._output[:size]
+        self._output = self._output[size:]
+        return size
+
+
 @contextlib.contextmanager
 def open_lines(path: epath.PathLike) -> Iterator[IO[bytes]]:
     """Opens a plain, .gz or .zst file as a binary stream of what is inside it; it can be iterated by line."""
@@ -317,9 +352,6 @@ def open_lines(path: epath.PathLike) -> Iterator[IO[bytes]]:
         if path.name.endswith(".gz"):
             yield stack.enter_context(gzip.GzipFile(fileobj=raw, mode="rb"))  # type: ignore[arg-type]
         elif path.name.endswith(".zst"):
-            import zstandard
-
-            reader = stack.enter_context(zstandard.ZstdDecompressor().stream_reader(raw, closefd=False))
-            yield stack.enter_context(io.BufferedReader(reader))  # type: ignore[arg-type]
+            yield stack.enter_context(io.BufferedReader(_ZstdReader(raw), 1 << 20))
         else:
             yield raw
