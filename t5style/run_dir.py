@@ -20,6 +20,7 @@ import logging
 import os
 import pathlib
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -360,8 +361,7 @@ class MetricsWriter:
             atomic_write(self._file, self._text)
         self._stream = open(os.fspath(self._file), "a", encoding="utf-8") if self._local else None  # noqa: SIM115
         self._uploaded = self._clock()
-        import tensorboardX  # here, because importing it costs 0.2 s that --help need not spend
-
+        tensorboardX = _import_tensorboardx()  # here: it costs 0.2 s that --help need not spend
         logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # else a line for every NaN
 
         events = os.fspath(epath.Path(folder) / "tensorboard")
@@ -406,6 +406,19 @@ class MetricsWriter:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _import_tensorboardx() -> Any:
+    """tensorboardX, which would import torch (3 s and 200 MB) just because it is installed."""
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # makes `import torch` an ImportError
+    try:
+        import tensorboardX
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return tensorboardX
 
 
 def _parse_lines(text: str) -> list[dict[str, Any]]:
