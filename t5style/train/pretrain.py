@@ -180,7 +180,7 @@ class Pretrain:
 
     @functools.cached_property
     def _optimizer(self) -> optax.GradientTransformation:
-        return self.optimizer.build(model_params.logical_axes(self.model), self.steps)
+        return self.optimizer.build(state_lib.logical_axes(self.model), self.steps)
 
     def _abstract(self, mesh: Mesh) -> tuple[Any, Any]:
         abstract = state_lib.abstract_state(self.model, self._optimizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -31,6 +32,11 @@ class TrainState:
     opt_state: Any
 
 
+# Tracing a model takes a second; the same question is asked several times on the way to the first step.
+_logical_axes = functools.lru_cache(maxsize=8)(model_params.logical_axes)
+
+
+@functools.lru_cache(maxsize=8)
 def abstract_state(config: TransformerConfig, optimizer: optax.GradientTransformation) -> TrainState:
     """ShapeDtypeStructs of the state; nothing is allocated."""
     return jax.eval_shape(lambda: _fresh(config, optimizer, jax.random.key(0)))
@@ -47,7 +53,7 @@ def state_shardings(
     Raises:
       ValueError: a parameter's dimension does not divide by its mesh axes.
     """
-    params = rules_lib.param_shardings(model_params.logical_axes(config), abstract.params, mesh, rules)
+    params = rules_lib.param_shardings(_logical_axes(config), abstract.params, mesh, rules)
     whole = mesh_lib.replicated(mesh)
     shapes = {keys: leaf.shape for keys, leaf in jax.tree_util.tree_flatten_with_path(abstract.params)[0]}
     where = dict(jax.tree_util.tree_flatten_with_path(params)[0])
@@ -115,6 +121,11 @@ def init_state(
 def _fresh(config: TransformerConfig, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
     params = model_params.init_params(config, key)
     return TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
+
+
+def logical_axes(config: TransformerConfig) -> Any:
+    """The parameters' logical axes (`models.params.logical_axes`), kept."""
+    return _logical_axes(config)
 
 
 def bytes_per_device(abstract: Any, shardings: Any) -> int:
