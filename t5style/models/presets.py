@@ -11,7 +11,9 @@ from typing import Any
 from t5style.models.config import TransformerConfig
 
 
-def _t5_1_0(d_model: int, d_ff: int, heads: int, head_dim: int, layers: int, changes: dict[str, Any]) -> TransformerConfig:
+def _t5_1_0(
+    d_model: int, d_ff: int, heads: int, head_dim: int, layers: int, changes: dict[str, Any]
+) -> TransformerConfig:
     fields: dict[str, Any] = {
         "vocab_size": 32128,
         "d_model": d_model,
@@ -135,7 +137,9 @@ def llama2_7b(**changes: Any) -> TransformerConfig:
 
 def llama3_8b(**changes: Any) -> TransformerConfig:
     """LLaMA 3 8B, 8.03 B parameters (3.0: without the RoPE scaling of 3.1)."""
-    return _llama(128256, 4096, 14336, 32, 8, 32, {"context_length": 8192, "rope_theta": 500_000.0, **changes})
+    return _llama(
+        128256, 4096, 14336, 32, 8, 32, {"context_length": 8192, "rope_theta": 500_000.0, **changes}
+    )
 
 
 PRESETS = {

@@ -263,7 +263,9 @@ class Transformer(nn.Module):
             logits = project(hidden, self.embedding.T, precision=c.precision, out_dtype=jnp.float32)
         else:
             logits = self.head(hidden)
-        if logits.ndim == 2:  # [batch * length, vocab]: the loss flattens rows, which lie where the batch lies
+        if (
+            logits.ndim == 2
+        ):  # [batch * length, vocab]: the loss flattens rows, which lie where the batch lies
             return constrain(logits, ("batch", "vocab"))
         return constrain(logits, ("batch", "length", "vocab")) if logits.ndim == 3 else logits
 
