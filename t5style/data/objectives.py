@@ -275,7 +275,7 @@ def spans_helper(inputs_length: int, noise_density: float, mean_noise_span_lengt
         spans = round(noise / mean_noise_span_length)
         return tokens - noise + spans + 1, noise + spans + 1
 
-    tokens = inputs_length
+    tokens = inputs_length - 1
     while lengths(tokens + 1)[0] <= inputs_length:
         tokens += 1
     targets = lengths(tokens)[1]

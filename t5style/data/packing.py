@@ -2,7 +2,7 @@
 
 Best-fit decreasing on the histogram of lengths (after Krell, Kosec, Perez and Fitzgibbon, "Efficient
 sequence packing without cross-contamination", 2021, there for one length; here each example has two, for
-encoder and decoder): examples of equal lengths are handled together, longest first, and each goes to the
+encoder and decoder): examples of equal lengths are handled together, largest first, and each goes to the
 open row with the least room left that still takes it. The work depends on the number of different lengths,
 not of examples. Which of the examples of equal lengths go together is decided by the seed.
 """
@@ -13,8 +13,10 @@ import dataclasses
 
 import numpy as np
 
-# Fullest-first search looks at this many kinds of open rows at most; the fullest are closed beyond that.
-_MAX_OPEN = 4096
+# Kinds of rows kept open at most; beyond it the fullest is closed. Measured on 200,000 examples of random
+# lengths in rows of 512 and 114: 1024 kinds fill 88 % of the scarcer side, 4096 fill 96 %, 16384 99.7 % (2
+# s on one core).
+_MAX_OPEN = 16384
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +68,7 @@ def pack(lengths: np.ndarray, members: np.ndarray, limits: tuple[int, int], seed
     members = np.random.Generator(np.random.PCG64(seed)).permutation(members)
     sizes = lengths[members]
     scale = np.maximum(np.array(limits, np.float64), 1.0)
-    weight = (sizes / scale).max(axis=1)
+    weight = (sizes / scale).sum(axis=1)
     order = np.lexsort((sizes[:, 1], sizes[:, 0], -weight))
     members, sizes = members[order], sizes[order]
     starts = np.flatnonzero(np.r_[True, (np.diff(sizes, axis=0) != 0).any(axis=1)])
@@ -93,55 +95,60 @@ def _fit(
     sizes: np.ndarray, counts: np.ndarray, limits: tuple[int, int], scale: np.ndarray
 ) -> list[tuple[list[int], int]]:
     """Best fit for length classes in the order given: a list of (classes in the row, number of such rows)."""
-    room = np.zeros((_MAX_OPEN, 2), np.int64)  # what is left in each kind of open row
-    number = np.zeros(_MAX_OPEN, np.int64)  # how many such rows
+    # What is left in each kind of open row (one array for each side: a search is four passes over them),
+    # and how many such rows there are.
+    encoder_room, decoder_room = np.zeros(_MAX_OPEN), np.zeros(_MAX_OPEN)
+    number = np.zeros(_MAX_OPEN, np.int64)
     compositions: list[list[int]] = [[] for _ in range(_MAX_OPEN)]
     open_kinds = 0
     closed: list[tuple[list[int], int]] = []
     # No class from here on is smaller than this, so rows with less room are full.
-    smallest = np.minimum.accumulate(sizes[::-1], axis=0)[::-1]
-
-    def put(left: np.ndarray, count: int, composition: list[int], kind: int) -> None:
-        nonlocal open_kinds
-        following = smallest[kind]
-        if (left < following).any():
-            closed.append((composition, count))
-            return
-        if open_kinds == _MAX_OPEN:
-            drop(int(((room[:open_kinds]) / scale).sum(axis=1).argmin()))
-        room[open_kinds], number[open_kinds], compositions[open_kinds] = left, count, composition
-        open_kinds += 1
-
-    def drop(index: int) -> None:
-        nonlocal open_kinds
-        closed.append((compositions[index], int(number[index])))
-        remove(index)
+    smallest = np.minimum.accumulate(sizes[::-1], axis=0)[::-1].tolist()
 
     def remove(index: int) -> None:
         nonlocal open_kinds
         open_kinds -= 1
-        room[index], number[index] = room[open_kinds], number[open_kinds]
+        for values in (encoder_room, decoder_room, number):
+            values[index] = values[open_kinds]
         compositions[index] = compositions[open_kinds]
 
-    capacity = np.array(limits, np.int64)
-    for kind, (size, count) in enumerate(zip(sizes, counts.tolist(), strict=True)):
+    def put(encoder: float, decoder: float, count: int, composition: list[int], kind: int) -> None:
+        nonlocal open_kinds
+        if encoder < smallest[kind][0] or decoder < smallest[kind][1]:
+            closed.append((composition, count))
+            return
+        if open_kinds == _MAX_OPEN:
+            fullest = int((encoder_room / scale[0] + decoder_room / scale[1]).argmin())
+            closed.append((compositions[fullest], int(number[fullest])))
+            remove(fullest)
+        encoder_room[open_kinds], decoder_room[open_kinds], number[open_kinds] = encoder, decoder, count
+        compositions[open_kinds] = composition
+        open_kinds += 1
+
+    for kind, ((encoder, decoder), count) in enumerate(zip(sizes.tolist(), counts.tolist(), strict=True)):
         while count:
-            left = room[:open_kinds] - size
-            slack = np.where((left >= 0).all(axis=1), (left / scale).sum(axis=1), np.inf)
-            best = int(slack.argmin()) if open_kinds else -1
-            if best < 0 or slack[best] == np.inf:
-                copies = int((capacity[size > 0] // size[size > 0]).min()) if (size > 0).any() else count
-                copies = min(copies, count)
+            best = -1
+            if open_kinds:
+                encoder_left = encoder_room[:open_kinds] - encoder
+                decoder_left = decoder_room[:open_kinds] - decoder
+                slack = encoder_left / scale[0] + decoder_left / scale[1]
+                slack[(encoder_left < 0) | (decoder_left < 0)] = np.inf
+                best = int(slack.argmin())
+                if slack[best] == np.inf:
+                    best = -1
+            if best < 0:  # open new rows, each with as many of this class as it takes
+                fits = [limit // size for limit, size in zip(limits, (encoder, decoder), strict=True) if size]
+                copies = min([count, *fits])
                 new = count // copies
-                put(capacity - copies * size, new, [kind] * copies, kind)
+                put(limits[0] - copies * encoder, limits[1] - copies * decoder, new, [kind] * copies, kind)
                 count -= new * copies
                 continue
             use = min(count, int(number[best]))
-            now_left, composition = left[best].copy(), [*compositions[best], kind]
+            left, composition = (float(encoder_left[best]), float(decoder_left[best])), compositions[best]
             number[best] -= use
             if not number[best]:
                 remove(best)
-            put(now_left, use, composition, kind)
+            put(*left, use, [*composition, kind], kind)
             count -= use
     closed += [(compositions[i], int(number[i])) for i in range(open_kinds)]
     return closed
