@@ -21,6 +21,7 @@ from etils import epath
 from t5style.run_dir import UserError
 
 COLUMNS = ("text", "id", "source", "url", "license", "language", "meta")
+_OTHERS = ("dropped.jsonl", "quarantine.jsonl", "metrics.jsonl")  # of a run folder, and no documents
 _SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 # A row group is what a reader holds in memory at once: bounded both in rows and in characters.
 _GROUP_ROWS = 4096
@@ -190,6 +191,15 @@ class ShardWriter:
                 path.rename(path.parent / f"{path.stem}-of-{len(self._paths):05d}.parquet")
 
 
+def read_ids(path: epath.PathLike) -> Iterator[str]:
+    """Ids of the documents of a Parquet file, without reading their texts."""
+    import pyarrow.parquet
+
+    with epath.Path(path).open("rb") as raw:
+        for batch in pyarrow.parquet.ParquetFile(raw).iter_batches(columns=["id"]):
+            yield from batch.column(0).to_pylist()
+
+
 def count_documents(path: epath.PathLike) -> int:
     """The number of documents in Parquet files, from their footers."""
     import pyarrow.parquet
@@ -237,11 +247,10 @@ def document_files(path: epath.PathLike) -> list[epath.Path]:
     """The document files that ``read_documents`` reads for this path, sorted by name."""
     path = epath.Path(path)
     if path.is_dir():
-        files = sorted(
-            file for file in path.iterdir() if file.name.endswith(_SUFFIXES) and file.name[0] != "."
-        )
+        visible = [entry for entry in path.iterdir() if not entry.name.startswith((".", *_OTHERS))]
+        files = sorted(entry for entry in visible if entry.name.endswith(_SUFFIXES))
         if not files:
-            splits = sorted(child.name for child in path.iterdir() if child.is_dir() and child.name[0] != ".")
+            splits = sorted(entry.name for entry in visible if entry.is_dir())
             hint = f"; it has the folders {', '.join(splits)}: name one of them" if splits else ""
             raise UserError(f"no document files ({', '.join(_SUFFIXES)}) in the folder {path}{hint}")
         return files

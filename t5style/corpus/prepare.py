@@ -23,7 +23,7 @@ import errno
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -31,7 +31,14 @@ from etils import epath
 
 from t5style import console
 from t5style.corpus.chunks import EXAMPLES, KEY, Counts, chunk_file, example, read
-from t5style.corpus.document import Document, ShardWriter, atomic_open, count_documents, read_documents
+from t5style.corpus.document import (
+    Document,
+    ShardWriter,
+    atomic_open,
+    count_documents,
+    read_documents,
+    read_ids,
+)
 from t5style.corpus.normalize import Normalize
 from t5style.corpus.sources import Files, Part, Source
 from t5style.corpus.split import HashSplit, Split
@@ -137,6 +144,7 @@ class Prepare:
         shown = set(np.flatnonzero(~keep)[:EXAMPLES].tolist())
         repeated = {int(original[position]): "" for position in shown}  # becomes: their ids
         total = int(table["characters"][keep].sum())
+        split = self.split.fitted(_ids(work, chunks, keep), int(keep.sum()))
         card = _Card()
         writers: dict[str, ShardWriter] = {}
         position = start = cut = 0
@@ -152,7 +160,7 @@ class Prepare:
                         of = repeated[int(original[position])]
                         dropped.write(example(document, Drop(_DUPLICATE, f"of {of}")))
                     if keep[position]:
-                        pieces = self.split.route(document, start, total)
+                        pieces = split.route(document, start, total)
                         start += len(document.text)
                         cut += len(pieces) - 1
                         for name, piece in pieces:
@@ -162,11 +170,8 @@ class Prepare:
                             card.add(name, piece)
                     position += 1
                     progress.advance()
-        if empty := [name for name in self.split.names if name not in writers]:
-            raise UserError(
-                f"the split {empty[0]!r} got none of the {int(keep.sum())} documents from {self.split}: "
-                "hold out a larger share, or use split.TailSplit, which cuts the text itself"
-            )
+        if empty := [name for name in split.names if name not in writers]:
+            raise UserError(f"{total} characters are too few for {self.split}: {empty[0]!r} would be empty")
 
         # What lies on disk is counted again, from the files.
         written = {name: count_documents(out / name) for name in sorted(writers)}
@@ -193,6 +198,15 @@ class Prepare:
         text = json.dumps(description, indent=1, ensure_ascii=False) + "\n"
         atomic_write(run.path / "data_card.json", text)
         return figures
+
+
+def _ids(work: epath.Path, chunks: int, keep: np.ndarray) -> Iterator[str]:
+    position = 0
+    for index in range(chunks):
+        for id in read_ids(chunk_file(work, index, "parquet")):
+            if keep[position]:
+                yield id
+            position += 1
 
 
 def _check_names(parts: Sequence[Part]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from t5style.corpus.document import Document
@@ -16,6 +17,10 @@ class Split(Protocol):
     @property
     def names(self) -> tuple[str, ...]:
         """The splits that must not end up empty."""
+        ...
+
+    def fitted(self, ids: Iterable[str], count: int) -> Split:
+        """This split for a corpus of ``count`` documents with these ids, in which no split is to be empty."""
         ...
 
     def route(self, document: Document, start: int, total: int) -> list[tuple[str, Document]]:
@@ -32,6 +37,8 @@ class Split(Protocol):
 @dataclasses.dataclass(frozen=True)
 class HashSplit:
     """Draws a split for each document by a hash of its id and the seed: independent of order and of others.
+
+    Only in a corpus so small that a split would be empty, the training document drawn least goes there.
 
     Attributes:
       validation: share of documents held out for validation.
@@ -55,12 +62,57 @@ class HashSplit:
         held_out = {"validation": self.validation, "test": self.test}
         return ("train", *(name for name, share in held_out.items() if share > 0))
 
-    def route(self, document: Document, start: int, total: int) -> list[tuple[str, Document]]:
-        digest = hashlib.sha256(f"{self.seed}/{document.id}".encode()).digest()
-        draw = int.from_bytes(digest[:8], "big") / 2**64
+    def draw(self, id: str) -> float:
+        """A number in [0, 1) that depends on the id and the seed only."""
+        return int.from_bytes(hashlib.sha256(f"{self.seed}/{id}".encode()).digest()[:8], "big") / 2**64
+
+    def fitted(self, ids: Iterable[str], count: int) -> Split:
+        smallest = min(share for share in (self.validation, self.test, 1.0) if share > 0)
+        if count * smallest > 50:  # empty with a probability below exp(-50)
+            return self
+        drawn = sorted((self.draw(id), id) for id in ids)
+        names = {id: self._name(draw) for draw, id in drawn}
+        moved: dict[str, str] = {}
+        for name in self.names[1:]:
+            if name not in names.values():
+                # The least drawn of those in training is the nearest to what is held out.
+                id = next((id for _, id in drawn if names[id] == "train"), None)
+                if id is not None:
+                    names[id] = moved[id] = name
+        if empty := [name for name in self.names if name not in names.values()]:
+            raise UserError(
+                f"{count} documents cannot fill the splits {', '.join(self.names)}: "
+                f"{empty[0]!r} would be empty; use split.TailSplit, which cuts the text itself, or hold out fewer splits"
+            )
+        return _Moved(self, moved) if moved else self
+
+    def _name(self, draw: float) -> str:
         if draw < self.validation:
-            return [("validation", document)]
-        return [("test" if draw < self.validation + self.test else "train", document)]
+            return "validation"
+        return "test" if draw < self.validation + self.test else "train"
+
+    def route(self, document: Document, start: int, total: int) -> list[tuple[str, Document]]:
+        return [(self._name(self.draw(document.id)), document)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Moved:
+    """A HashSplit of a small corpus with the few documents that had to be moved."""
+
+    split: HashSplit
+    moved: Mapping[str, str]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.split.names
+
+    def fitted(self, ids: Iterable[str], count: int) -> Split:
+        return self
+
+    def route(self, document: Document, start: int, total: int) -> list[tuple[str, Document]]:
+        if document.id in self.moved:
+            return [(self.moved[document.id], document)]
+        return self.split.route(document, start, total)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +135,9 @@ class TailSplit:
     @property
     def names(self) -> tuple[str, ...]:
         return ("train", "validation")
+
+    def fitted(self, ids: Iterable[str], count: int) -> Split:
+        return self
 
     def route(self, document: Document, start: int, total: int) -> list[tuple[str, Document]]:
         border = int(total * (1 - self.fraction)) - start

@@ -99,7 +99,7 @@ class TrainTokenizer:
           UserError: there is no corpus, or the sample does not hold enough different text for vocab_size.
         """
         corpus = epath.Path(self.corpus)
-        folder = corpus / self.split if (corpus / self.split).is_dir() else corpus
+        folder = corpus / self.split
         document_files(folder)  # fails here, with a clear message, where there is no corpus
         vocabulary = self._train(folder)
         vocabulary.save(run.path)
