@@ -1,9 +1,11 @@
 """Text metrics, as seqio spells them: `metric(targets, predictions) -> {name: score}`.
 
-Scores run from 0 to 100, as in T5's own metrics. A target is one reference or a list of acceptable references.
-Every metric can also say how far it may be trusted: `estimate` gives value, standard error and n, and `estimate_difference` does so
-for two systems on the same examples (paired, so what both find hard or easy cancels). Metrics that are means over examples (all
-but BLEU) have per-example values and the usual error of a mean; any other metric is bootstrapped over examples.
+Scores run from 0 to 100, as in T5's own metrics. A target is one reference or a list of acceptable
+references.
+Every metric can also say how far it may be trusted: `estimate` gives value, standard error and n, and
+`estimate_difference` does so for two systems on the same examples (paired, so what both find hard or easy
+cancels). Metrics that are means over examples (all but BLEU) have per-example values and the usual error of a
+mean; any other metric is bootstrapped over examples.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ BOOTSTRAP_SAMPLES = 1000
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A score, its standard error (None with fewer than two examples) and the number of examples behind it."""
+    """A score, its standard error (None with fewer than two examples) and the number of examples."""
 
     value: float
     standard_error: float | None
@@ -66,8 +68,8 @@ def mean_estimate(values: np.ndarray) -> Estimate:
 def ratio_estimate(numerators: np.ndarray, denominators: np.ndarray) -> Estimate:
     """sum(numerators) / sum(denominators) over n examples, both [n], such as nats per token.
 
-    Standard error by the delta method (Cochran, Sampling Techniques, 3rd ed., §6.4): tokens of one example are not independent, so
-    the example is the unit that is sampled.
+    Standard error by the delta method (Cochran, Sampling Techniques, 3rd ed., §6.4): tokens of one example
+    are not independent, so the example is the unit that is sampled.
     """
     a, b = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
     total = b.sum()
@@ -84,7 +86,7 @@ def ratio_difference(a: np.ndarray, b: np.ndarray, denominators: np.ndarray) -> 
     return ratio_estimate(np.asarray(a, np.float64) - np.asarray(b, np.float64), denominators)
 
 
-# ----------------------------------------------------------------------------- per-example values, each dict of [n] arrays
+# ---------------------------------------------------------------- per-example values, each dict of [n] arrays
 
 
 def sequence_accuracy_per_example(
@@ -109,13 +111,17 @@ def exact_match_per_example(targets: Sequence[Target], predictions: Sequence[str
 
 
 def normalize_answer(text: str) -> str:
-    """SQuAD's normalisation: lower case, no ASCII punctuation, no English articles, single spaces (Rajpurkar et al. 2016)."""
+    """SQuAD's normalisation: lower case, no ASCII punctuation, no English articles, single spaces (Rajpurkar
+    et al. 2016).
+    """
     text = text.lower().translate(str.maketrans("", "", string.punctuation))
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def token_f1(target: str, prediction: str) -> float:
-    """F1 in [0, 1] of the bags of normalised words; two texts that are both empty after normalisation agree (SQuAD 2.0)."""
+    """F1 in [0, 1] of the bags of normalised words; two texts that are both empty after normalisation agree
+    (SQuAD 2.0).
+    """
     want, got = normalize_answer(target).split(), normalize_answer(prediction).split()
     if not want or not got:
         return float(want == got)
@@ -142,14 +148,18 @@ def _rouge_scorer() -> object:
 
 
 def _sentence_lines(text: str) -> str:
-    """One sentence per line, which is where rougeLsum cuts; the rule " . " → new line is T5's `_prepare_summary_rouge`."""
+    """One sentence per line, which is where rougeLsum cuts; the rule " . " → new line is T5's
+    `_prepare_summary_rouge`.
+    """
     return text.replace(" . ", " .\n")
 
 
 def rouge_per_example(targets: Sequence[Target], predictions: Sequence[str]) -> dict[str, np.ndarray]:
-    """F-measures of rouge1, rouge2, rougeLsum (Lin 2004) by the rouge-score package with T5's settings: no stemmer.
+    """F-measures of rouge1, rouge2, rougeLsum (Lin 2004) by the rouge-score package with T5's settings: no
+    stemmer.
 
-    With several references the best F-measure is taken for each name, as `rouge_score.RougeScorer.score_multi` does.
+    With several references the best F-measure is taken for each name, as
+    `rouge_score.RougeScorer.score_multi` does.
     """
     _check(targets, predictions)
     scorer = _rouge_scorer()
@@ -160,7 +170,7 @@ def rouge_per_example(targets: Sequence[Target], predictions: Sequence[str]) -> 
     return {name: 100.0 * np.asarray([row[name].fmeasure for row in rows], np.float64) for name in rows[0]}
 
 
-# --------------------------------------------------------------------------------------------- the seqio-style functions
+# ---------------------------------------------------------------------------------- the seqio-style functions
 
 
 def _means(per_example: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -185,14 +195,16 @@ def squad(targets: Sequence[Target], predictions: Sequence[str]) -> dict[str, fl
 def rouge(targets: Sequence[Target], predictions: Sequence[str]) -> dict[str, float]:
     """Mean F-measures {"rouge1", "rouge2", "rougeLsum"}, in percent.
 
-    The plain mean over examples (T5's `rouge_mean`); T5's older `rouge` reports a bootstrap median of the same values, which differs
-    from it by chance.
+    The plain mean over examples (T5's `rouge_mean`); T5's older `rouge` reports a bootstrap median of the
+    same values, which differs from it by chance.
     """
     return _means(rouge_per_example(targets, predictions))
 
 
 def bleu_statistics(targets: Sequence[Target], predictions: Sequence[str]) -> np.ndarray:
-    """What corpus BLEU sums over examples: int64 [n, 10] = 4 matched n-gram counts, 4 totals, system and reference length."""
+    """What corpus BLEU sums over examples: int64 [n, 10] = 4 matched n-gram counts, 4 totals, system and
+    reference length.
+    """
     _check(targets, predictions)
     scorer = _bleu_scorer()
     rows = []
@@ -233,7 +245,7 @@ PER_EXAMPLE: dict[MetricFn, PerExampleFn] = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------ standard errors
+# -------------------------------------------------------------------------------------------- standard errors
 
 
 def _resamples(n: int, samples: int, seed: int) -> np.ndarray:
@@ -259,7 +271,9 @@ def estimate(
     seed: int = 0,
     samples: int = BOOTSTRAP_SAMPLES,
 ) -> dict[str, Estimate]:
-    """Every score of `metric` with its standard error. The bootstrap, where one is needed, is seeded: same call, same answer."""
+    """Every score of `metric` with its standard error. The bootstrap, where one is needed, is seeded: same
+    call, same answer.
+    """
     _check(targets, predictions)
     if metric in PER_EXAMPLE:
         return {k: mean_estimate(v) for k, v in PER_EXAMPLE[metric](targets, predictions).items()}
@@ -279,7 +293,9 @@ def estimate_difference(
     seed: int = 0,
     samples: int = BOOTSTRAP_SAMPLES,
 ) -> dict[str, Estimate]:
-    """score(predictions) - score(others) on the same examples, with the standard error of that paired difference."""
+    """score(predictions) - score(others) on the same examples, with the standard error of that paired
+    difference.
+    """
     _check(targets, predictions)
     _check(targets, others)
     if metric in PER_EXAMPLE:

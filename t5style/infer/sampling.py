@@ -1,4 +1,6 @@
-"""The next token from a row of logits: greedy, temperature, top-k, top-p; every row with its own settings and its own randomness."""
+"""The next token from a row of logits: greedy, temperature, top-k, top-p; every row with its own settings and
+its own randomness.
+"""
 
 from __future__ import annotations
 
@@ -78,16 +80,19 @@ class Sampling:
 
     @property
     def truncated(self) -> bool:
-        """Whether any sampling request cuts the distribution; only then is the vocabulary sorted at every step."""
+        """Whether any sampling request cuts the distribution; only then is the vocabulary sorted at every
+        step.
+        """
         return bool(np.any((self.temperature > 0) & ((self.top_k > 0) | (self.top_p < 1))))
 
 
 def truncate(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Sorted logits with everything outside top-k and top-p at -inf, and the token ids in that order.
 
-    logits f32 [batch, vocab]; top_k int32 [batch], 0 = all; top_p f32 [batch], 1 = all. Both results are [batch, vocab].
-    Top-k first, then top-p of what is left, renormalised (the order of transformers' warpers; nucleus sampling: Holtzman et al. 2020,
-    §3.1: the smallest set whose probability is at least p). Exactly k tokens stay even where the k-th ties: the lower id wins.
+    logits f32 [batch, vocab]; top_k int32 [batch], 0 = all; top_p f32 [batch], 1 = all. Both results are
+    [batch, vocab]. Top-k first, then top-p of what is left, renormalised (the order of transformers' warpers;
+    nucleus sampling: Holtzman et al. 2020, §3.1: the smallest set whose probability is at least p). Exactly k
+    tokens stay even where the k-th ties: the lower id wins.
     """
     order = jnp.argsort(logits, axis=-1, stable=True, descending=True)  # [batch, vocab]
     ranked = jnp.take_along_axis(logits, order, axis=-1)  # [batch, vocab]
@@ -111,7 +116,8 @@ def next_token(
     sampled: bool,
     truncated: bool,
 ) -> jax.Array:
-    """Next token ids int32 [batch] from f32 logits [batch, vocab]; the other arrays are `Sampling`'s, step is a scalar.
+    """Next token ids int32 [batch] from f32 logits [batch, vocab]; the other arrays are `Sampling`'s, step is
+    a scalar.
 
     The draw of row i at step s depends on (seed[i], s) and the row's logits alone. Gumbel-max sampling.
     """

@@ -1,0 +1,205 @@
+"""Where models come from and go to: run folders, checkpoints, Hugging Face directories."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jax.sharding import Mesh
+
+from t5style.corpus import vocabulary as vocabulary_lib
+from t5style.corpus.vocabulary import SentencePieceVocabulary, TokenizerVocabulary, Vocabulary
+from t5style.infer.model import Model, TokenIds, token_ids
+from t5style.models import convert
+from t5style.models.config import DTYPES, TransformerConfig
+from t5style.models.params import abstract_params, logical_axes
+from t5style.parallel.mesh import MeshConfig
+from t5style.parallel.rules import param_shardings
+from t5style.run_dir import PathLike, UserError, atomic_folder, atomic_write
+from t5style.train import checkpoint
+
+MODEL_FILE, VOCABULARY_FOLDER, CHECKPOINTS = "model.json", "vocabulary", "checkpoints"
+# In the order they are looked for. A SentencePiece model comes first: reading it needs no optional library.
+TOKENIZER_FILES = ("vocabulary.json", "spiece.model", "tokenizer.model", "tokenizer.json")
+T5_EXTRA_IDS = 100  # transformers' default; spiece.model does not hold the sentinels
+
+
+def load(path: PathLike, dtype: Any = None, mesh: Mesh | MeshConfig | None = None) -> Model:
+    """See model.load."""
+    folder = epath.Path(path)
+    if not folder.exists():
+        raise UserError(f"there is no model at {os.fspath(path)!r}: no such file or folder (looked from {os.getcwd()})")
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file: give the folder it lies in (a run folder or a Hugging Face directory)")
+    name = _dtype_name(dtype)
+    if isinstance(mesh, MeshConfig):
+        mesh = mesh.build()
+    if (run := _run_folder(folder)) is not None:
+        return _load_run(folder, run, name, mesh)
+    if (folder / "config.json").exists():
+        return _load_huggingface(folder, name or "float32", mesh)
+    holds = sorted(entry.name + ("/" if entry.is_dir() else "") for entry in folder.iterdir() if entry.name[0] != ".")
+    shown = ", ".join(holds[:12]) + (", …" if len(holds) > 12 else "") if holds else "nothing"
+    inner = [entry.rstrip("/") for entry in holds if (folder / entry / MODEL_FILE).exists()]
+    raise UserError(
+        f"{folder} is no model: it holds {shown}; looked for {MODEL_FILE} with {CHECKPOINTS}/ (a run folder), state/ (a "
+        "checkpoint in one), or config.json with safetensors (a Hugging Face directory)"
+        + (f". It holds the run folders {', '.join(inner)}: name one of them" if inner else "")
+    )
+
+
+def _dtype_name(dtype: Any) -> str | None:
+    if dtype is None:
+        return None
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    if name not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}: give one of {', '.join(DTYPES)}")
+    return name
+
+
+# -------------------------------------------------------------------------------------------------------- run folders
+
+
+def _run_folder(folder: epath.Path) -> epath.Path | None:
+    """The run folder of a run folder, its checkpoints folder, or one of its checkpoints; None for anything else."""
+    if (folder / MODEL_FILE).exists():
+        return folder
+    for parent in (folder.parent, folder.parent.parent):
+        if parent.name != folder.name and (parent / MODEL_FILE).exists() and (parent / CHECKPOINTS).is_dir():
+            inside = folder.name == CHECKPOINTS or folder.parent.name == CHECKPOINTS
+            return parent if inside else None
+    return None
+
+
+def _load_run(folder: epath.Path, run: epath.Path, dtype: str | None, mesh: Mesh | None) -> Model:
+    try:
+        config = TransformerConfig.from_json((run / MODEL_FILE).read_text())
+    except ValueError as error:
+        raise UserError(f"{run / MODEL_FILE}: {error}") from None
+    if dtype is not None:
+        config = config.replace(dtype=dtype, param_dtype=dtype)
+    abstract = abstract_params(config)
+    shardings = None if mesh is None else param_shardings(logical_axes(config), abstract, mesh)
+    params = checkpoint.restore_params(folder, shardings, dtype, abstract)
+    vocabulary = None
+    if (run / VOCABULARY_FOLDER).exists():
+        vocabulary = vocabulary_lib.load(run / VOCABULARY_FOLDER)
+    return Model(config, params, vocabulary, mesh=mesh, path=os.fspath(folder))
+
+
+# ------------------------------------------------------------------------------------------- Hugging Face directories
+
+
+def _load_huggingface(folder: epath.Path, dtype: str, mesh: Mesh | None) -> Model:
+    described = _read_json(folder / "config.json")
+    generation = _read_json(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {}
+    config, params = convert.load_huggingface(os.fspath(folder), dtype)
+    if mesh is not None:
+        params = jax.device_put(params, param_shardings(logical_axes(config), params, mesh))
+    vocabulary = _tokenizer(folder, config)
+    ids = _huggingface_ids(folder, config, {**generation, **_without_none(described)}, vocabulary)
+    return Model(config, params, vocabulary, ids, mesh, path=os.fspath(folder))
+
+
+def _read_json(path: epath.Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return content
+
+
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _tokenizer(folder: epath.Path, config: TransformerConfig) -> Vocabulary | None:
+    """The directory's vocabulary, or None if it has no tokenizer file."""
+    name = next((name for name in TOKENIZER_FILES if (folder / name).exists()), None)
+    if name is None:
+        return None
+    if name.endswith(".model") and config.encoder_layers:
+        settings = folder / "tokenizer_config.json"
+        described = _read_json(settings) if settings.exists() else {}
+        if described.get("extra_ids") is None:
+            return vocabulary_lib.load(folder / name, extra_ids=T5_EXTRA_IDS)
+    return vocabulary_lib.load(folder / name)
+
+
+def _huggingface_ids(
+    folder: epath.Path, config: TransformerConfig, described: Mapping[str, Any], vocabulary: Vocabulary | None
+) -> TokenIds:
+    """Special ids: what config.json says, then generation_config.json, then the tokenizer."""
+    own = token_ids(vocabulary) if vocabulary is not None else TokenIds(eos=())
+    eos = described.get("eos_token_id")
+    ends = own.eos if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),)
+    pad = described.get("pad_token_id")
+    pad = own.pad if pad is None or not 0 <= pad < config.vocab_size else pad
+    start = described.get("decoder_start_token_id")
+    return TokenIds(
+        pad=int(pad),
+        eos=ends,
+        start=int(pad if start is None else start),
+        prefix=None if config.encoder_layers else _prefix(folder, described, vocabulary),
+    )
+
+
+def _prefix(folder: epath.Path, described: Mapping[str, Any], vocabulary: Vocabulary | None) -> int | None:
+    """What the directory's tokenizer puts before a text, if anything."""
+    settings = folder / "tokenizer_config.json"
+    adds = _read_json(settings).get("add_bos_token") if settings.exists() else None
+    bos = described.get("bos_token_id")
+    bos = vocabulary.bos_id if bos is None and vocabulary is not None else bos
+    if adds is None and isinstance(vocabulary, TokenizerVocabulary) and (folder / "tokenizer.json").exists():
+        import tokenizers  # there, since a TokenizerVocabulary is
+
+        encoded = tokenizers.Tokenizer.from_file(os.fspath(folder / "tokenizer.json")).encode("a").ids
+        adds = bool(encoded) and encoded[0] == bos
+    if adds is None:
+        adds = vocabulary is not None  # SentencePiece tokenizers of this family add it, and so do models trained here
+    return int(bos) if adds and bos is not None else None
+
+
+def save_huggingface(model: Model, path: PathLike) -> None:
+    """See Model.save."""
+    extra: dict[str, Any] = {"pad_token_id": model.ids.pad, "eos_token_id": _one_or_list(model.ids.eos)}
+    if model.encoder_decoder:
+        extra["decoder_start_token_id"] = model.ids.start
+    else:
+        extra["bos_token_id"] = model.ids.prefix
+    with atomic_folder(path) as folder:
+        convert.save_huggingface(os.fspath(folder), model.config, model.params, extra=extra)
+        if model.vocabulary is not None:
+            _save_tokenizer(model, folder)
+
+
+def _one_or_list(ids: tuple[int, ...]) -> int | list[int] | None:
+    return list(ids) if len(ids) > 1 else ids[0] if ids else None
+
+
+def _save_tokenizer(model: Model, folder: epath.Path) -> None:
+    """Our vocabulary files, and under the names transformers looks for where it can read such a vocabulary.
+
+    Character and byte vocabularies have no Hugging Face form that reads our ids: `load` reads vocabulary.json.
+    """
+    vocabulary = model.vocabulary
+    assert vocabulary is not None
+    vocabulary.save(folder)
+    settings: dict[str, Any] = {"extra_ids": vocabulary.extra_ids}
+    if isinstance(vocabulary, SentencePieceVocabulary):
+        name = "spiece.model" if model.encoder_decoder else "tokenizer.model"
+        atomic_write(folder / name, vocabulary.content)
+        settings["tokenizer_class"] = "T5Tokenizer" if model.encoder_decoder else "LlamaTokenizer"
+    if not model.encoder_decoder:
+        settings["add_bos_token"] = model.ids.prefix is not None
+    atomic_write(folder / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
