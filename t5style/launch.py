@@ -42,7 +42,6 @@ from t5style.settings import (
     Target,
     find_file,
     nearest,
-    type_problems,
 )
 
 
@@ -382,14 +381,6 @@ def _build(settings: Settings, config: str) -> tuple[Any, str]:
     except (ValueError, TypeError, UserError) as error:
         raise ConfigError(_explain_failure(settings, error)) from error
     job, folder = _without_wrappers(built, settings)
-    problems = list(dict.fromkeys(type_problems(settings, job)))
-    if not isinstance(folder, str):
-        problems.append(
-            f"launch.run.run_dir must be a path, not {folder!r} "
-            f"({settings.where(root_of(settings), 'run_dir')})"
-        )
-    if problems:
-        raise ConfigError(_list(problems))
     try:
         workflow.check_job(job)
         if not isinstance(job, workflow.Workflow) and (names := workflow.stage_references(job)):

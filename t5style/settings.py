@@ -341,9 +341,11 @@ class _Walk:
             if field not in effective:
                 self._missing(target, field, scope)
         self._stack.append(target.name)
+        hints = _hints(target.thing)
         for field, bindings in effective.items():
             if bindings[-1].value == REQUIRED:
                 self._missing(target, field, scope)
+            self._check_type(bindings[-1], hints.get(field, Any))
             for binding in bindings if self.with_history else bindings[-1:]:
                 self.used.add(binding.key)
                 for one in binding.history() if self.with_history else [binding]:
@@ -357,6 +359,19 @@ class _Walk:
             f"{target.name}.{field} is required and not set{user}; "
             f"set it in a gin file or with --gin.{flag}=..."
         )
+
+    def _check_type(self, binding: Binding, hint: Any) -> None:
+        """Notes a plain field (int, float, bool, str) that is given something else, through macros too."""
+        value, chain = binding.value, ""
+        while isinstance(value, Macro):
+            macro = self.settings.macro(value.name)
+            if macro is None or len(chain) > 1000:  # missing, or of itself: said elsewhere
+                return
+            value, chain = macro.value, f"{chain} (%{macro.field} is set at {macro.place})"
+        if not isinstance(value, Reference) and not _fits(value, hint):
+            name = getattr(hint, "__name__", None) or str(hint)
+            given = f"{type(value).__name__} {value!r}{chain}"
+            self.problems.append(f"{binding.place}: {binding.name} must be {name}, not {given}")
 
     def _follow(self, value: Any, scope: str, binding: Binding) -> None:
         if isinstance(value, Reference):
@@ -425,31 +440,16 @@ def render(value: Any) -> str:
     return pprint.pformat(value, width=100, sort_dicts=False)
 
 
-# -------------------------------------------------------------------------------------------- built instances
+# ------------------------------------------------------------------------------------------------------ types
 
 
-def type_problems(settings: Settings, value: Any) -> Iterator[str]:
-    """Plain fields (int, float, bool, str) of built dataclasses that hold something else, a sentence each,
-    with places.
-    """
-    if isinstance(value, Mapping):
-        for item in value.values():
-            yield from type_problems(settings, item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from type_problems(settings, item)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        hints = typing.get_type_hints(type(value))
-        for field in dataclasses.fields(value):
-            held = getattr(value, field.name)
-            if not _fits(held, hints[field.name]):
-                target = settings.targets.get(id(type(value)))
-                place = settings.where(target, field.name) if target else ""
-                yield (
-                    f"{type(value).__name__}.{field.name} must be {_plain_name(hints[field.name])}, "
-                    f"not {type(held).__name__} {held!r}{' (set at ' + place + ')' if place else ''}"
-                )
-            yield from type_problems(settings, held)
+def _hints(thing: Callable[..., Any]) -> dict[str, Any]:
+    """The annotations of what can be set; empty where they name things that exist for type checkers only."""
+    try:
+        own = inspect.isclass(thing) and not dataclasses.is_dataclass(thing)
+        return typing.get_type_hints(thing.__init__ if own else thing)  # type: ignore[misc]
+    except NameError:
+        return {}
 
 
 _PLAIN = {int: (int,), float: (int, float), bool: (bool,), str: (str,), type(None): (type(None),)}
@@ -469,10 +469,6 @@ def _fits(value: Any, hint: Any) -> bool:
     if isinstance(value, bool):
         return bool in options
     return any(isinstance(value, _PLAIN[option]) for option in options)
-
-
-def _plain_name(hint: Any) -> str:
-    return getattr(hint, "__name__", None) or str(hint)
 
 
 def find_file(name: str, folders: Sequence[str]) -> str:

@@ -30,16 +30,17 @@ from t5style import run_dir
 from t5style.console import duration, say
 from t5style.run_dir import RunDir, UserError
 
-
-class OtherSettings(UserError):
-    """The run folder holds work of another configuration."""
-
-
 STARTED = "started.json"
 PREFIX = "run:"  # "run:corpus/train" is the folder "train" in that of the stage "corpus"
 
+SKIPPED = "done, will be skipped"
+
 State = Literal["new", "done", "unfinished", "continued", "changed"]
 T = TypeVar("T")
+
+
+class OtherSettings(UserError):
+    """The run folder holds work of another configuration."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,7 +320,7 @@ def plan(workflow: Workflow, run: RunDir) -> Iterator[tuple[str, Any, str]]:
             how = f"will run after {', '.join(waits)}"
         else:
             how = forecast(job, run.child(name), all_inputs(job, workflow.stage_inputs(name, run), run))
-        if not how.startswith("done"):
+        if how != SKIPPED:
             to_run.add(name)
         yield name, job, how
 
@@ -329,7 +330,7 @@ def forecast(job: Any, run: RunDir, inputs: Mapping[str, str]) -> str:
     how, changes = state(job, run, inputs)
     return {
         "new": "will run",
-        "done": "done, will be skipped",
+        "done": SKIPPED,
         "unfinished": "unfinished, will go on",
         "continued": f"will go on with changed settings ({_few(changes)})",
         "changed": f"done or begun with other settings ({_few(changes)})",

@@ -1,4 +1,6 @@
-"""Small jobs for the tests of launching and workflows; gin files import them as `from tests import fake_jobs`."""
+"""Small jobs for the tests of launching and workflows; gin files import them as `from tests import
+fake_jobs`.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,11 @@ class Count:
             if step == self.stop_at:
                 self._stop()
             state.write_text(str(step + 1))
-        return {"characters": len(pathlib.Path(self.file).read_text()), "steps": self.steps, "begun_at": begun}
+        return {
+            "characters": len(pathlib.Path(self.file).read_text()),
+            "steps": self.steps,
+            "begun_at": begun,
+        }
 
     def _stop(self) -> None:
         if self.how == "kill":
@@ -87,3 +93,13 @@ class Count:
         if self.how == "bug":
             raise ZeroDivisionError("a mistake in the program")
         raise ValueError("step 1 cannot be done; use another")
+
+
+@dataclasses.dataclass(frozen=True)
+class Hold:
+    """Holds anything, so that it is built."""
+
+    parts: Sequence[Any] = ()
+
+    def __call__(self, run: RunDir) -> dict[str, Any]:
+        return {}

@@ -70,9 +70,14 @@ def test_atomic_folder_appears_whole_replaces_whole_and_vanishes_on_failure(tmp_
         (folder / "two").write_text("2")
         assert (target / "one").exists()
     assert [p.name for p in target.iterdir()] == ["two"]
-    with pytest.raises(RuntimeError), run_dir.atomic_folder(target) as folder:
-        (folder / "three").write_text("3")
-        raise RuntimeError
+
+    def fail():
+        with run_dir.atomic_folder(target) as folder:
+            (folder / "three").write_text("3")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert [p.name for p in target.iterdir()] == ["two"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -105,7 +110,8 @@ def test_fingerprints_are_equal_exactly_when_the_trees_are_equal(a, b):
 
 
 @pytest.mark.parametrize(
-    "value", [lambda x: x, functools.partial(fake_jobs.double, 1), np.zeros(3), open(os.devnull)]  # noqa: SIM115
+    "value",
+    [lambda x: x, functools.partial(fake_jobs.double, 1), np.zeros(3), open(os.devnull)],  # noqa: SIM115
 )
 def test_what_has_no_stable_text_is_refused(value):
     with pytest.raises(TypeError, match="frozen dataclass"):

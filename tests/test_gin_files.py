@@ -1,0 +1,162 @@
+"""Every gin file of the repository is read, checked and built, without running anything.
+
+- A file whose comments show commands (`python -m t5style.main --gin_file=...`): each command must load.
+- Otherwise a file that binds launch.run.job must load by itself.
+- Otherwise the file is a piece: everything that it sets must build.
+
+Macros that a file leaves to its user (unset, or %gin.REQUIRED) get the values in SAMPLES.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import shlex
+import tomllib
+from typing import Any
+
+import pytest
+
+from t5style import launch, run_dir
+from t5style.settings import REQUIRED, Macro, Reference, Settings
+from tests import helpers
+
+FILES = sorted(
+    str(file.relative_to(helpers.ROOT))
+    for part in ("gin", "experiments")
+    for file in (helpers.ROOT / part).rglob("*.gin")
+)
+
+# Values for what the user must give. Strings as on the command line.
+SAMPLES = {
+    "RUN_DIR": "runs/test",
+    "TEXT_FILES": "['text.txt']",
+}
+
+
+def commands(text: str) -> list[list[str]]:
+    """The commands in a file's comments, split into words; a backslash at the end goes on in the next comment
+    line.
+    """
+    joined = re.sub(r"\\\n#\s*", " ", text)
+    found = re.findall(r"^#.*?(python -m t5style\.main .*)$", joined, re.M)
+    return [shlex.split(command.split(" # ")[0])[3:] for command in found]
+
+
+def flags(words: list[str], name: str) -> list[str]:
+    return [word.removeprefix(name) for word in words if word.startswith(name)]
+
+
+def with_samples(files: list[str], bindings: list[str]) -> list[str]:
+    """The bindings, and samples for the macros that the files need and nobody sets."""
+    settings = launch.read(files, bindings)
+    needed = {name for b in settings.bindings.values() for name in macros_in(b.value)}
+    needed |= {b.field for b in settings.bindings.values() if b.target is None and b.value == REQUIRED}
+    unset = {n for n in needed if (m := settings.macro(n)) is None or m.value == REQUIRED} - {"gin.REQUIRED"}
+    unknown = sorted(unset - SAMPLES.keys())
+    assert not unknown, f"{files}: give macros {unknown} a value in SAMPLES of tests/test_gin_files.py"
+    return [*bindings, *(f"{name}={SAMPLES[name]}" for name in sorted(unset))]
+
+
+def macros_in(value: Any) -> set[str]:
+    if isinstance(value, Macro):
+        return {value.name}
+    items = (
+        [*value, *value.values()]
+        if isinstance(value, dict)
+        else value
+        if isinstance(value, list | tuple)
+        else []
+    )
+    return {name for item in items for name in macros_in(item)}
+
+
+def references_in(value: Any) -> list[Reference]:
+    if isinstance(value, Reference):
+        return [value]
+    items = (
+        [*value, *value.values()]
+        if isinstance(value, dict)
+        else value
+        if isinstance(value, list | tuple)
+        else []
+    )
+    return [reference for item in items for reference in references_in(item)]
+
+
+def has_job(settings: Settings) -> bool:
+    return any(
+        b.target is not None and b.target.thing is launch.run and b.field == "job"
+        for b in settings.bindings.values()
+    )
+
+
+def build_piece(file: str, folder: pathlib.Path) -> Any:
+    """Builds everything that a piece sets, held by a job made for it."""
+    settings = launch.read([file])
+    referred = {id(r.target.thing) for b in settings.bindings.values() for r in references_in(b.value)}
+    used = {name for b in settings.bindings.values() for name in macros_in(b.value)}
+    roots = [f"%{b.field}" for b in settings.bindings.values() if b.target is None and b.field not in used]
+    for binding in settings.bindings.values():
+        if binding.target is not None and id(binding.target.thing) not in referred:
+            roots.append(repr(Reference(binding.scope, binding.target, True)))
+    wrapper = folder / "piece.gin"
+    wrapper.write_text(
+        "from __gin__ import dynamic_registration\nfrom t5style import launch\nfrom tests import fake_jobs\n"
+        + "".join(f"{statement}\n" for statement in settings.imports)
+        + f"include '{file}'\n"
+        "launch.run.run_dir = 'runs/test'\nlaunch.run.job = @fake_jobs.Hold()\n"
+        f"fake_jobs.Hold.parts = [{', '.join(dict.fromkeys(roots))}]\n"
+    )
+    return launch.load([str(wrapper)], with_samples([str(wrapper)], [])).job
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_gin_file_builds(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(helpers.ROOT)
+    text = pathlib.Path(file).read_text()
+    shown = commands(text)
+    for words in shown:
+        files, bindings = flags(words, "--gin_file="), flags(words, "--gin.")
+        assert file in files, f"{file} shows a command that does not use it: {shlex.join(words)}"
+        launch.load(files, bindings, flags(words, "--gin_search_paths="))
+    if shown:
+        return
+    if has_job(launch.read([file])):
+        job = launch.load([file], with_samples([file], [])).job
+    else:
+        job = build_piece(file, tmp_path)
+    assert run_dir.fingerprint(job)
+
+
+def test_there_are_gin_files_and_the_quickstart_is_one():
+    assert "experiments/quickstart.gin" in FILES
+    assert len(FILES) > 10
+
+
+def test_a_plain_install_takes_every_folder_of_gin_files_along():
+    settings = tomllib.loads((helpers.ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
+        "data-files"
+    ]
+    assert {f"share/t5style/{pathlib.PurePath(file).parent}" for file in FILES} <= settings.keys()
+    assert all(
+        patterns == [f"{folder.removeprefix('share/t5style/')}/*.gin"]
+        for folder, patterns in settings.items()
+    )
+
+
+def test_a_piece_that_sets_something_wrong_is_found(tmp_path):
+    piece = tmp_path / "bad.gin"
+    piece.write_text(
+        "from __gin__ import dynamic_registration\nfrom tests import fake_jobs\n"
+        "fake_jobs.Write.text = 'x'\nfake_jobs.Write.size = 0\n"
+    )
+    with pytest.raises(launch.ConfigError, match="size must be at least 1"):
+        build_piece(str(piece), tmp_path)
+
+
+def test_commands_in_comments_are_found():
+    text = (
+        "# Do:\n#   python -m t5style.main --gin_file=a.gin \\\n#       --gin.X=\"['b']\"  # and so\nX = 1\n"
+    )
+    assert commands(text) == [["--gin_file=a.gin", "--gin.X=['b']"]]

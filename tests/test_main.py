@@ -1,0 +1,41 @@
+"""The command line's flags and help."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests import helpers
+from tests.helpers import run_main
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_is_quick_and_loads_nothing_heavy(flag):
+    shown = run_main(flag)
+    assert shown.returncode == 0
+    assert "--gin_file=experiments/quickstart.gin" in shown.stdout
+    assert shown.stderr == ""
+    assert shown.loaded(("jax", "flax", "optax", "orbax", "grain", "numpy", "gin", *helpers.HEAVY)) == []
+    assert shown.cpu_seconds <= 2.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "no --gin_file given"),
+        (["--gin_fiel=x"], "Unknown command line flag 'gin_fiel'"),
+        (["x.gin"], "unexpected argument 'x.gin'; did you mean --gin_file=x.gin?"),
+        (["--gin_file=x.gin", "--dry_run=maybe"], "dry_run"),
+    ],
+)
+def test_wrong_flags_exit_with_2_and_one_sentence(arguments, said):
+    wrong = run_main(*arguments)
+    assert wrong.returncode == 2
+    assert said in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+
+
+def test_a_missing_gin_file_is_one_line():
+    wrong = run_main("--gin_file=experiments/quickstrat.gin")
+    assert wrong.returncode == 1
+    assert wrong.stderr.startswith("error: there is no gin file 'experiments/quickstrat.gin'")
+    assert wrong.stderr.count("\n") == 1
