@@ -35,6 +35,11 @@ from t5style.train.step import LanguageModelLoss, make_eval_step, make_train_ste
 Figures = dict[str, Any]
 
 
+def _unseen(default: Any) -> Any:
+    """A field that changes what is kept on disk or shown, and not the result."""
+    return dataclasses.field(default=default, metadata={"affects_result": False})
+
+
 @dataclasses.dataclass(frozen=True)
 class Pretrain:
     """Trains `model` on `task` for `steps` steps.
@@ -82,11 +87,11 @@ class Pretrain:
     eval_every: int | None = None
     eval_batches: int | None = None
     eval_batch_size: int | None = None
-    checkpoint_every: int | None = None
-    keep: int = 3
-    keep_every: int | None = None
-    keep_best: str | None = None
-    log_every: int = 10
+    checkpoint_every: int | None = _unseen(None)
+    keep: int = _unseen(3)
+    keep_every: int | None = _unseen(None)
+    keep_best: str | None = _unseen(None)
+    log_every: int = _unseen(10)
     accumulation: int = 1
     on_nan: str = "stop"
     label_smoothing: float = 0.0
@@ -95,6 +100,8 @@ class Pretrain:
     init_from: str | None = None
 
     distributed: ClassVar[bool] = True
+    # A run may be made longer, and be watched otherwise, without starting over.
+    may_change: ClassVar[tuple[str, ...]] = ("steps", "on_nan", "eval_tasks", "eval_split", "eval_every", "eval_batches")
 
     def __post_init__(self) -> None:
         self.options()
