@@ -447,7 +447,7 @@ def _hints(thing: Callable[..., Any]) -> dict[str, Any]:
     """The annotations of what can be set; empty where they name things that exist for type checkers only."""
     try:
         own = inspect.isclass(thing) and not dataclasses.is_dataclass(thing)
-        return typing.get_type_hints(thing.__init__ if own else thing)  # type: ignore[misc]
+        return typing.get_type_hints(thing.__init__ if own else thing)
     except NameError:
         return {}
 
