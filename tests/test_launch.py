@@ -416,3 +416,22 @@ def test_python_code_may_run_a_job(tmp_path):
     shutil.rmtree(tmp_path / "run")
     with pytest.raises(ValueError, match="with parentheses"):
         launch.run(fake_jobs.Write, str(tmp_path / "run"))
+
+
+def test_two_processes_share_the_work_of_one_command(workflow_file, tmp_path):
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "t5style.parallel.local", "--processes=2", "--devices=1", "--"),
+            *(sys.executable, "-m", "t5style.main", f"--gin_file={workflow_file}"),
+        ],
+        cwd=helpers.ROOT,
+        env=helpers.clean_env(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (done.stdout + done.stderr).count("[2/2] count") == 1  # process 0 alone speaks
+    assert (tmp_path / "run" / "write" / "calls.txt").read_text() == "x"  # and works
+    assert (tmp_path / "run" / "count" / "manifest.json").exists()
