@@ -82,7 +82,7 @@ class HashSplit:
         if empty := [name for name in self.names if name not in names.values()]:
             raise UserError(
                 f"{count} documents cannot fill the splits {', '.join(self.names)}: "
-                f"{empty[0]!r} would be empty; use split.TailSplit, which cuts the text itself, or hold out fewer splits"
+                f"{empty[0]!r} would be empty; use split.TailSplit, which cuts the text itself"
             )
         return _Moved(self, moved) if moved else self
 
