@@ -1,7 +1,7 @@
 """seqio tasks into token stores, and our tasks into seqio's registry.
 
-The only file of the package that imports seqio and TensorFlow, and only inside its functions: whoever does not use
-the bridge never loads them.
+The only file of the package that imports seqio and TensorFlow, and only inside its functions: whoever does
+not use the bridge never loads them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import importlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -28,24 +28,25 @@ from t5style.run_dir import RunDir, UserError, atomic_write
 _MIXTURE = "mixture.json"
 
 
-# ------------------------------------------------------------------------------------------------ seqio → store
+# -------------------------------------------------------------------------------------------- seqio → store
 
 
 @dataclasses.dataclass(frozen=True)
 class Materialize:
-    """A registered seqio task → a token store in the run's folder; a seqio mixture → one store for each of its tasks
-    (in folders of their names) and `mixture.json` with the rates, which `load_mixture` reads.
+    """A registered seqio task → a token store in the run's folder; a seqio mixture → one store for each of
+    its tasks (in folders of their names) and `mixture.json` with the rates, which `load_mixture` reads.
 
-    What seqio's preprocessors draw at random is drawn once and stays: for span corruption, materialise a task that only
-    tokenises, and use `SpanCorruption` on the store.
+    What seqio's preprocessors draw at random is drawn once and stays: for span corruption, materialise a
+    task that only tokenises, and use `SpanCorruption` on the store.
 
     Attributes:
       name: as registered.
-      module: imported first, because importing it registers the task ("t5.data.tasks"); None if already imported.
+      module: imported first, because importing it registers the task ("t5.data.tasks"); None if already
+        imported.
       splits: None for all the task has.
       sequence_length: handed to seqio's preprocessors, and features are cut to it; None to cut nothing.
-      vocabulary: a vocabulary's folder, where seqio's is of a kind that cannot be taken over; the ids must mean
-        the same in both.
+      vocabulary: a vocabulary's folder, where seqio's is of a kind that cannot be taken over; the ids must
+        mean the same in both.
     """
 
     name: str
@@ -97,8 +98,8 @@ def materialize(
 
 
 def load_mixture(folder: str) -> Mixture:
-    """The mixture that `Materialize` wrote, with seqio's rates. Its tasks are supervised, or causal LM where seqio's
-    have no inputs.
+    """The mixture that `Materialize` wrote, with seqio's rates. Its tasks are supervised, or causal LM where
+    seqio's have no inputs.
     """
     path = epath.Path(folder) / _MIXTURE
     if not path.exists():
@@ -129,7 +130,8 @@ def _materialize_task(
         vocabulary, *others = found.values()
         if any(other.fingerprint != vocabulary.fingerprint for other in others):
             raise UserError(
-                f"seqio task {task.name!r} has a different vocabulary for each of {', '.join(found)}; a token store has one."
+                f"seqio task {task.name!r} has a different vocabulary for each of {', '.join(found)}; a "
+                f"token store has one."
             )
     for split in splits or ():
         if split not in task.splits:
@@ -171,7 +173,8 @@ def from_seqio_vocabulary(vocabulary: Any, task: str = "") -> vocabulary_lib.Voc
     if isinstance(vocabulary, seqio.SentencePieceVocabulary):
         if vocabulary._normalizer_spec_overrides is not None or not vocabulary._reverse_extra_ids:
             raise UserError(
-                f"{where}its SentencePiece vocabulary changes the model's normalizer or the order of extra ids, which "
+                f"{where}its SentencePiece vocabulary changes the model's normalizer or the order of "
+                f"extra ids, which "
                 "ours cannot; give `vocabulary`."
             )
         model = epath.Path(vocabulary.sentencepiece_model_file).read_bytes()
@@ -179,20 +182,21 @@ def from_seqio_vocabulary(vocabulary: Any, task: str = "") -> vocabulary_lib.Voc
     if isinstance(vocabulary, seqio.ByteVocabulary):
         return vocabulary_lib.ByteVocabulary(vocabulary.extra_ids)
     raise UserError(
-        f"{where}a {type(vocabulary).__name__} has no counterpart here; give `vocabulary`, one with the same ids."
+        f"{where}a {type(vocabulary).__name__} has no counterpart here; give `vocabulary`, one with the "
+        f"same ids."
     )
 
 
-# ------------------------------------------------------------------------------------------------ ours → seqio
+# --------------------------------------------------------------------------------------------- ours → seqio
 
 
 def export(task_or_mixture: Task | Mixture) -> str:
     """Registers a task or mixture with seqio, under its own name, which is returned.
 
     `seqio.get_mixture_or_task(name).get_dataset(...)` then gives `inputs` and `targets` (only `targets` for
-    CausalLM) with their texts as `*_pretokenized`, ready for seqio's feature converters and `seqio.Evaluator`. Examples
-    come one for each row, in the store's order, cut as our batches are cut; windowed objectives need
-    `sequence_length`, and give the same corruption in every epoch.
+    CausalLM) with their texts as `*_pretokenized`, ready for seqio's feature converters and
+    `seqio.Evaluator`. Examples come one for each row, in the store's order, cut as our batches are cut;
+    windowed objectives need `sequence_length`, and give the same corruption in every epoch.
 
     Raises: ValueError where seqio already has that name.
     """
@@ -227,8 +231,8 @@ def _export_task(task: Task) -> None:
     signature |= {f"{name}_pretokenized": tf.TensorSpec([], tf.string) for name in names}
 
     def dataset_fn(split: str, shuffle_files: bool, seed: int | None = None) -> Any:
-        # One element that only names the split: how the tokens are cut depends on the sequence length, which seqio
-        # tells to preprocessors and not to sources.
+        # One element that only names the split: how the tokens are cut depends on the sequence length,
+        # which seqio tells to preprocessors and not to sources.
         return tf.data.Dataset.from_tensors({"split": split})
 
     def examples(dataset: Any, sequence_length: Mapping[str, int] | None) -> Any:
@@ -302,6 +306,17 @@ def _examples(
             yield example | {
                 f"{name}_pretokenized": source.vocabulary.decode(ids) for name, ids in example.items()
             }
+
+
+def predictions(numbered: Iterable[tuple[int, Sequence[int]]]) -> list[tuple[int, np.ndarray]]:
+    """What a `predict_fn` of `seqio.Evaluator` should return: (example's number, ids), all ids of one length.
+
+    seqio (0.0.20) stacks the answers into one array, which NumPy refuses since 1.24 where lengths differ;
+    padding is cut off when it decodes, at the first end of sequence.
+    """
+    pairs = [(int(number), np.asarray(ids, np.int32)) for number, ids in numbered]
+    longest = max((len(ids) for _, ids in pairs), default=0)
+    return [(number, np.pad(ids, (0, longest - len(ids)))) for number, ids in pairs]
 
 
 def to_seqio_vocabulary(vocabulary: vocabulary_lib.Vocabulary) -> Any:

@@ -58,7 +58,7 @@ def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def line_to_pair(line: Any) -> dict[str, Any]:
     parts = tf.strings.split(line, " is ")
-    return {"inputs": tf.strings.join(["say: ", parts[0]]), "targets": parts[1]}
+    return {"inputs": tf.strings.join(["tree ", parts[0]]), "targets": parts[1]}
 
 
 def pairs(dataset: Any) -> Any:
@@ -140,17 +140,17 @@ def test_seqio_evaluator_runs_our_task(pair_store: str) -> None:
         eval_split="validation",
         async_compute_metrics=False,
     )
-    shapes = evaluator.model_feature_lengths
+    shapes = evaluator.model_feature_shapes
     store = TokenStore.open(pair_store)
-    assert shapes["encoder_input_tokens"] == store.lengths("validation", "inputs").max()
+    assert shapes["encoder_input_tokens"][0] == store.lengths("validation", "inputs").max()
 
-    def predict(dataset: Any) -> list[tuple[int, list[int]]]:
+    def predict(dataset: Any) -> list[tuple[int, np.ndarray]]:
         """Right on all but every third example."""
         answers = []
         for index, example in dataset.as_numpy_iterator():
             right = example["decoder_target_tokens"].tolist()
             answers.append((int(index), vocabulary.encode("wrong") + [1] if index % 3 == 0 else right))
-        return answers[::-1]
+        return seqio_bridge.predictions(answers[::-1])
 
     metrics, outputs = evaluator.evaluate(compute_metrics=True, predict_fn=predict)
     # 23 examples, of which 0, 3, …, 21 are answered wrongly; postprocess made both sides upper case.
@@ -186,7 +186,11 @@ def test_exported_examples_are_the_stores(pair_store: str, text_store: str) -> N
         assert example["inputs"].tolist() == batch["encoder_input_tokens"][0][real].tolist()
     # A mixture is drawn from, converted and packed by seqio's own means.
     converted = seqio.get_dataset(
-        "mix", lengths, dataset_split="train", shuffle=False, feature_converter=seqio.EncDecFeatureConverter(pack=True)
+        "mix",
+        lengths,
+        dataset_split="train",
+        shuffle=False,
+        feature_converter=seqio.EncDecFeatureConverter(pack=True),
     )
     first = next(converted.as_numpy_iterator())
     assert first["encoder_input_tokens"].shape == (96,)

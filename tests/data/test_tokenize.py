@@ -1,0 +1,139 @@
+"""The tokenize job: documents in, token store out, everything counted."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from t5style.corpus.document import Document, write_documents
+from t5style.corpus.vocabulary import ByteVocabulary
+from t5style.data.token_store import TokenStore
+from t5style.data.tokenize import Tokenize, template_fields
+from t5style.run_dir import RunDir, UserError
+
+Run = Callable[..., tuple[TokenStore, dict[str, Any]]]
+
+
+@pytest.fixture
+def corpus(tmp_path: pathlib.Path) -> str:
+    """Splits train (30 documents, every fifth without a title, two sources) and validation (3)."""
+    for split, start, count in (("train", 0, 30), ("validation", 100, 3)):
+        documents = [
+            Document(
+                text=f"Text {n}: žluťoučký",
+                id=str(n),
+                source="odd" if n % 2 else "even",
+                meta={} if n % 5 == 0 else {"title": f"t{n}"},
+            )
+            for n in range(start, start + count)
+        ]
+        write_documents(tmp_path / "corpus" / split / "documents-00000-of-00001.parquet", documents)
+    return str(tmp_path / "corpus")
+
+
+@pytest.fixture
+def run(corpus: str, tmp_path: pathlib.Path) -> Run:
+    ByteVocabulary().save(tmp_path / "vocabulary")
+    count = 0
+
+    def tokenize(**settings: Any) -> tuple[TokenStore, dict[str, Any]]:
+        nonlocal count
+        count += 1
+        settings = {"corpus": corpus, "vocabulary": str(tmp_path / "vocabulary")} | settings
+        figures = Tokenize(**settings)(RunDir(str(tmp_path / f"run{count}")).create())
+        return TokenStore.open(tmp_path / f"run{count}", verify=True), figures
+
+    return tokenize
+
+
+def test_text_in_and_out(run: Run) -> None:
+    store, figures = run()
+    assert store.splits == ("train", "validation")
+    ids = store.examples("train", "text", [7])[0]
+    assert store.vocabulary.decode(ids) == "Text 7: žluťoučký"
+    assert ids[-1] == 1
+    assert 1 not in ids[:-1]
+    num_bytes = sum(len(f"Text {n}: žluťoučký".encode()) for n in range(30))
+    assert store.num_bytes("train", "text") == num_bytes
+    assert store.num_tokens("train", "text") == num_bytes + 30  # bytes are tokens here, and 30 ends
+    assert figures["splits"]["train"] == {
+        "documents": 30,
+        "examples": 30,
+        "skipped": {},
+        "text_tokens": num_bytes + 30,
+        "text_bytes": num_bytes,
+    }
+    assert figures["fingerprint"] == store.fingerprint
+    assert store.manifest["description"]["sources"] == {"even": 17, "odd": 16}
+
+
+def test_templates_and_what_they_skip(run: Run) -> None:
+    store, figures = run(features={"inputs": "name {meta[title]}:", "targets": "{text}"}, splits=["train"])
+    assert store.splits == ("train",)
+    counts = figures["splits"]["train"]
+    assert (counts["documents"], counts["examples"], sum(counts["skipped"].values())) == (30, 24, 6)
+    assert list(counts["skipped"]) == ["no title for inputs"]
+    first = [store.vocabulary.decode(store.examples("train", f, [0])[0]) for f in ("inputs", "targets")]
+    assert first == ["name t1:", "Text 1: žluťoučký"]
+
+
+def test_sources_lengths_and_ends(run: Run) -> None:
+    store, figures = run(sources=["odd"], max_tokens={"text": 6})
+    assert store.num_examples("train") == 15
+    assert figures["splits"]["train"]["skipped"] == {"source not asked for": 15}
+    assert set(store.lengths("train", "text")) == {6}
+    ids = store.examples("train", "text", [0])[0]
+    assert store.vocabulary.decode(ids) == "Text "
+    assert ids[-1] == 1  # cut, and closed all the same
+    without_end, _ = run(append_eos=False, max_tokens={"text": 6})
+    assert without_end.vocabulary.decode(without_end.examples("train", "text", [0])[0]) == "Text 0"
+
+
+def test_many_processes_give_the_same_store(run: Run) -> None:
+    one, _ = run(workers=1)
+    two, _ = run(workers=2)
+    assert one.fingerprint == two.fingerprint
+
+
+def test_a_plain_file_is_the_split_train(run: Run, corpus: str) -> None:
+    store, _ = run(corpus=f"{corpus}/validation/documents-00000-of-00001.parquet")
+    assert store.splits == ("train",)
+    assert store.num_examples("train") == 3
+
+
+def test_a_run_that_was_cut_off_after_the_store_is_done_again(
+    run: Run, corpus: str, tmp_path: pathlib.Path
+) -> None:
+    run()
+    again = Tokenize(corpus, str(tmp_path / "vocabulary"), {"text": "changed {text}"})
+    again(RunDir(str(tmp_path / "run1")))
+    store = TokenStore.open(tmp_path / "run1", verify=True)
+    assert store.vocabulary.decode(store.examples("train", "text", [0])[0]) == "changed Text 0: žluťoučký"
+
+
+def test_bad_settings_are_refused(run: Run, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match="There is no corpus at nowhere"):
+        run(corpus="nowhere")
+    with pytest.raises(UserError, match="has no split 'test', only train, validation"):
+        run(splits=["test"])
+    with pytest.raises(UserError, match="None of the documents in .* gave an example .*no nothing for text"):
+        run(features={"text": "{meta[nothing]}"})
+    with pytest.raises(UserError, match="None of the documents"):
+        run(sources=["unheard of"])
+    assert not list(tmp_path.glob("run*/store.json"))
+    with pytest.raises(ValueError, match="names the field 'body'; a document has text, id, source"):
+        Tokenize(features={"text": "{body}"})
+    with pytest.raises(ValueError, match="write a literal brace twice"):
+        Tokenize(features={"text": "{text"})
+    with pytest.raises(ValueError, match="features is empty"):
+        Tokenize(features={})
+    with pytest.raises(ValueError, match="'a/b' must be made of letters"):
+        Tokenize(features={"a/b": "{text}"})
+    with pytest.raises(ValueError, match="max_tokens has 'inputs': 5"):
+        Tokenize(max_tokens={"inputs": 5})
+    with pytest.raises(ValueError, match="workers is 0"):
+        Tokenize(workers=0)
+    assert template_fields("{text} {meta[a]} {{literal}} {source!r:>5}") == ["text", "meta", "source"]
