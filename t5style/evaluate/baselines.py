@@ -1,7 +1,7 @@
 """What a model has to beat: trivial predictors that only look at the task's training split.
 
-Two kinds. Text baselines predict an answer and are scored by the task's metrics; likelihood baselines give every
-target token a probability and are scored by loss, bits per byte and token accuracy.
+Two kinds. Text baselines predict an answer and are scored by the task's metrics; likelihood baselines give
+every target token a probability and are scored by loss, bits per byte and token accuracy.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class CopyInput:
 class NearestTarget:
     """The target of the training example with the most similar input: what pure memory achieves.
 
-    Similarity is the cosine of bags of words weighted by log(1 + N / document frequency) (Salton & Buckley 1988);
-    of equally similar examples the first; where no word is shared, the first training example.
+    Similarity is the cosine of bags of words weighted by log(1 + N / document frequency) (Salton & Buckley
+    1988); of equally similar examples the first; where no word is shared, the first training example.
     """
 
     name: str = "nearest_target"
@@ -105,7 +105,9 @@ class NearestTarget:
 
 @dataclasses.dataclass(frozen=True)
 class UnigramTokens:
-    """Every token with its frequency among the training targets' tokens, each count one more than seen (Laplace)."""
+    """Every token with its frequency among the training targets' tokens, each count one more than seen
+    (Laplace).
+    """
 
     name: str = "unigram_tokens"
 

@@ -1,15 +1,14 @@
 """Autoregressive decoding with a key-value cache: one compiled program from the prompt to the last token.
 
-Prompts, answers and batches are padded to buckets (powers of two), so a program is compiled for each bucket and not
-for each length. The number of new tokens, sampling settings, seeds and end tokens are arguments of the program.
+Prompts, answers and batches are padded to buckets (powers of two), so a program is compiled for each bucket
+and not for each length. The number of new tokens, sampling settings, seeds and end tokens are arguments of
+the program.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,56 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from t5style.infer.batch import batch_bucket, bucket, on_mesh, pad_rows, put
 from t5style.infer.sampling import Sampling, next_token
 from t5style.models.cache import init_cache
 from t5style.models.config import TransformerConfig
 from t5style.models.params import unstack_layers
 from t5style.models.transformer import Transformer
 from t5style.parallel import rules as rules_lib
-from t5style.parallel.mesh import BATCH_AXES
-
-MIN_BUCKET = 16  # shorter sequences cost next to nothing more at this length
-
-
-def bucket(length: int, least: int = MIN_BUCKET) -> int:
-    """The smallest power of two that is at least `length` and `least`."""
-    return max(least, 1 << max(length - 1, 0).bit_length())
-
-
-def batch_bucket(rows: int, mesh: Mesh | None) -> int:
-    """Rows of the padded batch: a power of two, and a multiple of the mesh's data × fsdp."""
-    size = bucket(rows, 1)
-    ways = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    return -(-size // ways) * ways
-
-
-def pad_rows(
-    rows: Sequence[np.ndarray], batch: int, length: int, pad_id: int, left: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of different lengths as int32 [batch, length] tokens and a mask, 1 = real token.
-
-    Rows that are added to fill the batch have one real token, so that nothing attends to an empty set.
-    """
-    tokens = np.full((batch, length), pad_id, np.int32)
-    mask = np.zeros((batch, length), np.int32)
-    for i in range(batch):
-        row = rows[i] if i < len(rows) else np.asarray([pad_id])
-        where = slice(length - len(row), length) if left else slice(0, len(row))
-        tokens[i, where] = row
-        mask[i, where] = 1
-    return tokens, mask
-
-
-@contextlib.contextmanager
-def on_mesh(mesh: Mesh | None, rules: rules_lib.Rules | None) -> Any:
-    """`use_mesh` where there is a mesh, else nothing."""
-    with contextlib.nullcontext() if mesh is None else rules_lib.use_mesh(mesh, rules):
-        yield
-
-
-def put(arrays: dict[str, np.ndarray], mesh: Mesh | None) -> dict[str, Any]:
-    """Arrays [batch, ...] where the program wants them: on the mesh, or left to jit."""
-    return dict(arrays) if mesh is None else dict(rules_lib.put_batch(arrays, mesh))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +66,9 @@ def decode(
         "tokens": tokens,
         "mask": mask,
         "done": np.arange(batch) >= rows,
-        **{field.name: widen(getattr(request.sampling, field.name)) for field in dataclasses.fields(Sampling)},
+        **{
+            field.name: widen(getattr(request.sampling, field.name)) for field in dataclasses.fields(Sampling)
+        },
     }
     eos = np.full(bucket(len(request.eos_ids), 1), -1, np.int32)  # no token is -1
     eos[: len(request.eos_ids)] = request.eos_ids
@@ -149,12 +107,16 @@ def _program(
     tokens, mask = arrays["tokens"], arrays["mask"]
     batch = tokens.shape[0]
     if config.encoder_layers:
-        encoded = model.apply({"params": params}, tokens, segment_ids=mask, method="encode")  # [batch, length, embed]
+        encoded = model.apply(
+            {"params": params}, tokens, segment_ids=mask, method="encode"
+        )  # [batch, length, embed]
         prompt, valid = jnp.full((batch, 1), start_id, jnp.int32), jnp.ones((batch, 1), jnp.int32)
         start = {"params": params, "encoded": encoded, "encoder_segment_ids": mask}
     else:
         prompt, valid, start = tokens, mask, {}
-    cache = init_cache(config, batch, prompt.shape[1] + slots - 1, **start)  # the last new token is never fed back
+    cache = init_cache(
+        config, batch, prompt.shape[1] + slots - 1, **start
+    )  # the last new token is never fed back
     variables = {"params": unstack_layers(config, params)}
     choose = functools.partial(
         next_token,
@@ -171,7 +133,9 @@ def _program(
         hidden, cache = model.apply(variables, tokens, cache, valid=valid, method="decode_hidden")
         return model.apply(variables, hidden[:, -1], method="logits"), cache
 
-    def write(out: jax.Array, token: jax.Array, done: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def write(
+        out: jax.Array, token: jax.Array, done: jax.Array, step: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         token = jnp.where(done, pad_id, token)
         out = jax.lax.dynamic_update_slice(out, token[:, None], (0, step))
         return out, token, done | (token[:, None] == eos[None, :]).any(axis=1)
@@ -195,4 +159,4 @@ def _program(
 
 def compiled_programs() -> int:
     """How many decoding programs this process has compiled or loaded."""
-    return int(_program._cache_size())
+    return int(_program._cache_size())  # type: ignore[attr-defined]  # jax's own tests use it too

@@ -25,9 +25,9 @@ PROMPT_FIELDS = ("prompt", "inputs")
 class Generate:
     """Answers prompts with a model and writes `generations.jsonl`, one line for each prompt, in their order.
 
-    A line holds "index", "prompt", "output", "seed" and, under "fields", what else stood in the prompt's line.
-    Finished batches are appended to `generations.partial.jsonl`; a job that was stopped goes on behind them,
-    and the file gets its final name when all are done.
+    A line holds "index", "prompt", "output", "seed" and, under "fields", what else stood in the prompt's
+    line. Finished batches are appended to `generations.partial.jsonl`; a job that was stopped goes on behind
+    them, and the file gets its final name when all are done.
 
     Attributes:
       model: a run folder, a checkpoint folder inside it, or a Hugging Face directory.
@@ -72,7 +72,9 @@ class Generate:
 
     def __call__(self, run: RunDir) -> dict[str, Any]:
         """Runs the job in `run.path`; returns {"prompts", "new_tokens"}."""
-        records = read_prompts(self.prompts_file) if self.prompts_file else [{"prompt": p} for p in self.prompts]
+        records = (
+            read_prompts(self.prompts_file) if self.prompts_file else [{"prompt": p} for p in self.prompts]
+        )
         partial, output = run.path / PARTIAL, run.path / OUTPUT
         lines = _finished_lines(output if output.exists() else partial)
         for line, record in zip(lines, records, strict=False):
@@ -153,7 +155,7 @@ def read_prompts(path: str) -> list[dict[str, Any]]:
         except ValueError as error:
             raise UserError(f"{path}:{number}: not JSON ({error}): write one object on each line") from None
         if not isinstance(record, dict):
-            raise UserError(f"{path}:{number}: {line[:60]!r} is not a JSON object with a \"prompt\"")
+            raise UserError(f'{path}:{number}: {line[:60]!r} is not a JSON object with a "prompt"')
         name = next((field for field in PROMPT_FIELDS if field in record), None)
         if name is None:
             raise UserError(f'{path}:{number}: neither "prompt" nor "inputs" among {sorted(record)}')
@@ -195,4 +197,6 @@ def _append(path: epath.Path, lines: Sequence[dict[str, Any]]) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; what is finished is kept, start again later") from None
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; what is finished is kept, start again later"
+        ) from None

@@ -1,26 +1,24 @@
 """The public API: `m = t5style.load(path)`, then logits, score, generate, embed and save.
 
-Notebooks, evaluation, serving and other programs use only what is public here. Token arrays are int `[batch, length]`
-and masks the same shape, 1 = real token; padding may stand on the left or on the right.
+Notebooks, evaluation, serving and other programs use only what is public here. Token arrays are int `[batch,
+length]` and masks the same shape, 1 = real token; padding may stand on the left or on the right.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from t5style.corpus.vocabulary import Vocabulary
-from t5style.infer import decoding
+from t5style.infer import decoding, programs
+from t5style.infer.batch import batch_bucket, bucket, check_texts, check_tokens, on_mesh, pad_rows, put
 from t5style.infer.sampling import Sampling
 from t5style.models.config import TransformerConfig
-from t5style.models.transformer import Transformer
 from t5style.parallel.rules import Rules
 from t5style.run_dir import PathLike, UserError
 
@@ -75,8 +73,8 @@ class Model:
     ) -> None:
         if vocabulary is not None and vocabulary.vocab_size > config.vocab_size:
             raise UserError(
-                f"the vocabulary has {vocabulary.vocab_size} ids but the model {path or config.architecture} only "
-                f"{config.vocab_size} embeddings: use the vocabulary it was trained with"
+                f"the vocabulary has {vocabulary.vocab_size} ids but the model {path or config.architecture} "
+                f"only {config.vocab_size} embeddings: use the vocabulary it was trained with"
             )
         if ids is None:
             ids = TokenIds() if vocabulary is None else token_ids(vocabulary)
@@ -91,7 +89,7 @@ class Model:
         """Whether there is an encoder."""
         return self.config.architecture == "encoder_decoder"
 
-    # ------------------------------------------------------------------------------------------------- token arrays
+    # ------------------------------------------------------------------------------------------- token arrays
 
     def logits(
         self,
@@ -103,18 +101,18 @@ class Model:
         """Next-token logits, float32 `[batch, length, vocab]`.
 
         Args:
-          tokens: the decoder's inputs as they enter it, int `[batch, length]` (an encoder-decoder's begin with its
-            start token).
+          tokens: the decoder's inputs as they enter it, int `[batch, length]` (an encoder-decoder's begin
+            with its start token).
           mask: 1 = real token; None: all real. What stands at padding in the result is unspecified.
           encoder_tokens, encoder_mask: the same for the encoder of an encoder-decoder.
 
         Raises:
           ValueError: wrong shapes or dtypes, ids outside the vocabulary, encoder inputs missing or unwanted.
         """
-        decoder, decoder_mask = self._array("tokens", tokens, mask)
+        decoder, decoder_mask = self._check("tokens", tokens, mask)
         batch = {"decoder_input_tokens": decoder, "decoder_segment_ids": decoder_mask}
         if encoder_tokens is not None:
-            encoder, encoder_mask = self._array("encoder_tokens", encoder_tokens, encoder_mask)
+            encoder, encoder_mask = self._check("encoder_tokens", encoder_tokens, encoder_mask)
             if len(encoder) != len(decoder):
                 raise ValueError(f"encoder_tokens has {len(encoder)} rows but tokens {len(decoder)}")
             batch |= {"encoder_input_tokens": encoder, "encoder_segment_ids": encoder_mask}
@@ -124,25 +122,31 @@ class Model:
                 if self.encoder_decoder
                 else "this model is decoder-only: it takes no encoder_tokens"
             )
-        return self._run(_logits, batch)[: len(decoder), : decoder.shape[1]]
+        return self._run(programs.logits, batch)[: len(decoder), : decoder.shape[1]]
 
     def token_scores(self, batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """How well the model foretells a batch's targets.
 
         Args:
-          batch: int32 arrays under data.pipeline's names: decoder_input_tokens, decoder_target_tokens, and what there
-            is of *_segment_ids, *_positions, encoder_input_tokens. Packed rows are fine.
+          batch: int32 arrays under data.pipeline's names: decoder_input_tokens, decoder_target_tokens, and
+            what there is of *_segment_ids, *_positions, encoder_input_tokens. Packed rows are fine.
 
         Returns:
           log-likelihood of each target token, in nats, float32 `[batch, length]`; and whether it is the most
           probable one, bool of the same shape. What stands at padding is unspecified.
         """
-        names = [f"{side}_{what}" for side in ("encoder", "decoder") for what in ("input_tokens", "segment_ids", "positions")]
-        arrays = {name: np.asarray(batch[name]) for name in [*names, "decoder_target_tokens"] if name in batch}
+        names = [
+            f"{side}_{what}"
+            for side in ("encoder", "decoder")
+            for what in ("input_tokens", "segment_ids", "positions")
+        ]
+        arrays = {
+            name: np.asarray(batch[name]) for name in [*names, "decoder_target_tokens"] if name in batch
+        }
         rows, length = arrays["decoder_target_tokens"].shape
         for name in [name for name in arrays if name.endswith("input_tokens")]:
             arrays.setdefault(name.replace("input_tokens", "segment_ids"), np.ones_like(arrays[name]))
-        scores, correct = jax.device_get(self._run(_token_scores, arrays))
+        scores, correct = jax.device_get(self._run(programs.token_scores, arrays))
         return scores[:rows, :length], correct[:rows, :length]
 
     def generate_tokens(
@@ -156,27 +160,30 @@ class Model:
         seed: int | Sequence[int] = 0,
         eos_id: int | Sequence[int] | None = None,
     ) -> np.ndarray:
-        """New tokens, int32 `[batch, max_new_tokens]`; after a row's end-of-sequence token everything is padding.
+        """New tokens, int32 `[batch, max_new_tokens]`; after a row's end-of-sequence token everything is
+        padding.
 
         Args:
-          tokens: int `[batch, length]`: the encoder's inputs of an encoder-decoder, else prompts as they enter it.
+          tokens: int `[batch, length]`: the encoder's inputs of an encoder-decoder, else prompts as they
+            enter it.
           mask: 1 = real token, padding on either side; None: all real.
           max_new_tokens: at least 1.
           temperature: 0 is greedy.
           top_k: keep the k most probable tokens; 0 keeps all.
           top_p: keep the smallest set of most probable tokens whose probability reaches p; 1 keeps all.
-          seed: one number s (row i then has the seed s + i) or one for each row. A row's answer depends on its own
-            prompt, settings and seed only.
+          seed: one number s (row i then has the seed s + i) or one for each row. A row's answer depends on
+            its own prompt, settings and seed only.
           eos_id: token or tokens that end an answer; None: the model's own; -1: nothing does.
 
         Raises:
-          ValueError: a value outside its limits; a row without a real token; more positions than the model has.
+          ValueError: a value outside its limits; a row without a real token; more positions than the model
+            was made for.
         """
-        array, real = self._array("tokens", tokens, mask)
+        array, real = self._check("tokens", tokens, mask)
         prompts = [row[keep != 0] for row, keep in zip(array, real, strict=True)]
         return self._decode(prompts, max_new_tokens, temperature, top_k, top_p, seed, eos_id)
 
-    # -------------------------------------------------------------------------------------------------------- texts
+    # -------------------------------------------------------------------------------------------------- texts
 
     def generate(
         self,
@@ -188,7 +195,9 @@ class Model:
         seed: int | Sequence[int] = 0,
         batch_size: int = BATCH_SIZE,
     ) -> list[str]:
-        """Answers to prompts, as text; see generate_tokens for the settings, and `complete` for token ids too."""
+        """Answers to prompts, as text; see generate_tokens for the settings, and `complete` for token ids
+        too.
+        """
         answers = self.complete(prompts, max_new_tokens, temperature, top_k, top_p, seed, batch_size)
         return [answer.text for answer in answers]
 
@@ -202,24 +211,38 @@ class Model:
         seed: int | Sequence[int] = 0,
         batch_size: int = BATCH_SIZE,
     ) -> list[Completion]:
-        """As generate, with the token ids. `<extra_id_k>` in an encoder's prompt is read as the sentinel k.
-
-        Prompts of similar length are decoded together, `batch_size` at a time.
-        """
+        """As generate, with the token ids. `<extra_id_k>` in an encoder's prompt is sentinel k."""
         vocabulary = self._vocabulary()
-        texts = _texts("prompts", prompts)
+        rows = [self._prompt(text, i) for i, text in enumerate(check_texts("prompts", prompts))]
+        answers = self.complete_tokens(rows, max_new_tokens, temperature, top_k, top_p, seed, batch_size)
+        return [Completion(vocabulary.decode(answer), answer) for answer in answers]
+
+    def complete_tokens(
+        self,
+        prompts: Sequence[np.ndarray],
+        max_new_tokens: int = 128,
+        temperature: float | Sequence[float] = 0.0,
+        top_k: int | Sequence[int] = 0,
+        top_p: float | Sequence[float] = 1.0,
+        seed: int | Sequence[int] = 0,
+        batch_size: int = BATCH_SIZE,
+    ) -> list[list[int]]:
+        """New tokens, without end-of-sequence and padding, for prompts of any lengths: int arrays [length].
+
+        Prompts of similar length are decoded together, `batch_size` at a time; settings as for
+        generate_tokens.
+        """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: give at least 1")
-        rows = [self._prompt(text, i) for i, text in enumerate(texts)]
-        settings = Sampling.of(len(rows), temperature, top_k, top_p, seed)
-        order = sorted(range(len(rows)), key=lambda i: decoding.bucket(len(rows[i])))
-        answers: list[Completion | None] = [None] * len(rows)
+        settings = Sampling.of(len(prompts), temperature, top_k, top_p, seed)
+        sizes = [bucket(len(prompt)) for prompt in prompts]
+        order = sorted(range(len(prompts)), key=sizes.__getitem__)
+        answers: list[list[int]] = [[] for _ in prompts]
         while order:
-            size = decoding.bucket(len(rows[order[0]]))
-            chosen = [i for i in order[:batch_size] if decoding.bucket(len(rows[i])) == size]
+            chosen = [i for i in order[:batch_size] if sizes[i] == sizes[order[0]]]
             order = order[len(chosen) :]
             out = self._decode(
-                [rows[i] for i in chosen],
+                [prompts[i] for i in chosen],
                 max_new_tokens,
                 settings.temperature[chosen],
                 settings.top_k[chosen],
@@ -229,9 +252,8 @@ class Model:
             )
             for i, new in zip(chosen, out, strict=True):
                 ends = np.flatnonzero(np.isin(new, self.ids.eos))
-                kept = new[: ends[0]].tolist() if len(ends) else new.tolist()
-                answers[i] = Completion(vocabulary.decode(kept), kept)
-        return [answer for answer in answers if answer is not None]
+                answers[i] = new[: ends[0]].tolist() if len(ends) else new.tolist()
+        return answers
 
     def score(
         self,
@@ -240,19 +262,23 @@ class Model:
         batch_size: int = BATCH_SIZE,
         eos: bool | None = None,
     ) -> np.ndarray:
-        """Log-likelihood of each target given its input, in nats: float64 `[pairs]`, summed over the target's tokens.
+        """Log-likelihood of each target given its input, in nats: float64 `[pairs]`, summed over the target's
+        tokens.
 
         Both texts are tokenized by themselves, as in training: a space between them belongs to one of them.
 
         Args:
-          inputs, targets: as many of one as of the other. A decoder-only model may have empty inputs if its prompts
-            start with a token of their own.
+          inputs, targets: as many of one as of the other. A decoder-only model may have empty inputs if its
+            prompts start with a token of their own.
           batch_size: pairs at a time.
-          eos: whether the end-of-sequence token counts as a target; None: for an encoder-decoder it does, as in
-            T5's targets; for a decoder-only model it does not, since a continuation need not end there.
+          eos: whether the end-of-sequence token counts as a target; None: for an encoder-decoder it does, as
+            in T5's targets; for a decoder-only model it does not, since a continuation need not end there.
         """
         vocabulary = self._vocabulary()
-        sources, wanted = _texts("inputs", inputs, empty=True), _texts("targets", targets, empty=True)
+        sources, wanted = (
+            check_texts("inputs", inputs, empty=True),
+            check_texts("targets", targets, empty=True),
+        )
         if len(sources) != len(wanted):
             raise ValueError(f"{len(sources)} inputs but {len(wanted)} targets: give as many of each")
         if eos is None:
@@ -276,7 +302,8 @@ class Model:
     def embed(self, inputs: Any, mask: Any = None, batch_size: int = BATCH_SIZE) -> np.ndarray:
         """Embeddings, float32 `[batch, d_model]`: the mean of the encoder's outputs over the real tokens.
 
-        The pooling of Sentence-T5's "encoder mean" (Ni et al. 2022). A decoder-only model has no encoder and does not
+        The pooling of Sentence-T5's "encoder mean" (Ni et al. 2022). A decoder-only model has no encoder and
+        does not
         embed: its last states foretell the next token, and their mean is no good measure of a text.
 
         Args:
@@ -292,21 +319,21 @@ class Model:
         if len(inputs) and isinstance(inputs[0], str):
             if mask is not None:
                 raise ValueError("embed takes a mask with token arrays only, not with texts")
-            rows = [self._prompt(text, i, "input") for i, text in enumerate(_texts("inputs", inputs))]
+            rows = [self._prompt(text, i, "input") for i, text in enumerate(check_texts("inputs", inputs))]
         else:
-            array, real = self._array("inputs", inputs, mask)
+            array, real = self._check("inputs", inputs, mask)
             rows = [row[keep != 0] for row, keep in zip(array, real, strict=True)]
         result = np.zeros((len(rows), self.config.d_model), np.float32)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            longest = decoding.bucket(max(len(rows[i]) for i in chosen))
-            tokens, real = decoding.pad_rows([rows[i] for i in chosen], len(chosen), longest, self.ids.pad)
+            longest = bucket(max(len(rows[i]) for i in chosen))
+            tokens, real = pad_rows([rows[i] for i in chosen], len(chosen), longest, self.ids.pad)
             batch = {"encoder_input_tokens": tokens, "encoder_segment_ids": real}
-            result[chosen] = jax.device_get(self._run(_embed, batch))[: len(chosen)]
+            result[chosen] = jax.device_get(self._run(programs.embed, batch))[: len(chosen)]
         return result
 
-    # --------------------------------------------------------------------------------------------------------- disk
+    # --------------------------------------------------------------------------------------------------- disk
 
     def save(self, path: PathLike, format: str = "huggingface") -> None:
         """Writes the model, its tokenizer included, as a directory that transformers and `load` read.
@@ -321,13 +348,13 @@ class Model:
             raise ValueError(f"format is {format!r}: only 'huggingface' is known")
         storage.save_huggingface(self, path)
 
-    # ------------------------------------------------------------------------------------------------------ helpers
+    # ------------------------------------------------------------------------------------------------ helpers
 
     def _vocabulary(self) -> Vocabulary:
         if self.vocabulary is None:
             raise ValueError(
-                f"the model {self.path} has no tokenizer, so it cannot read or write text: put one into its directory, "
-                "or use logits and generate_tokens"
+                f"the model {self.path} has no tokenizer, so it cannot read or write text: put one into its "
+                "directory, or use logits and generate_tokens"
             )
         return self.vocabulary
 
@@ -342,35 +369,19 @@ class Model:
             raise ValueError(f"{what} {number} is empty: give a text of at least one token")
         return np.asarray(ids, np.int32)
 
-    def _array(self, name: str, tokens: Any, mask: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Checked token ids and mask, both int32 [batch, length]."""
-        try:
-            array = np.asarray(tokens)
-        except ValueError:
-            raise ValueError(f"{name} has rows of different lengths: pad them, and say with a mask which are real") from None
-        if array.ndim != 2 or 0 in array.shape:
-            raise ValueError(f"{name} has shape {array.shape}: give int ids [batch, length], at least one of each")
-        if not np.issubdtype(array.dtype, np.integer):
-            raise ValueError(f"{name} has dtype {array.dtype}: give whole numbers")
-        real = np.ones(array.shape, np.int32) if mask is None else (np.asarray(mask) != 0).astype(np.int32)
-        if real.shape != array.shape:
-            raise ValueError(f"the mask of {name} has shape {real.shape}, not {array.shape}")
-        used = array[real != 0]
-        if used.size and not (0 <= used.min() and used.max() < self.config.vocab_size):
-            bad = used.min() if used.min() < 0 else used.max()
-            raise ValueError(f"{name} holds the id {bad}: the model has ids from 0 to {self.config.vocab_size - 1}")
-        return np.where(real != 0, array, self.ids.pad).astype(np.int32), real
+    def _check(self, name: str, tokens: Any, mask: Any) -> tuple[np.ndarray, np.ndarray]:
+        return check_tokens(name, tokens, mask, self.config.vocab_size, self.ids.pad)
 
     def _run(self, program: Any, batch: dict[str, np.ndarray]) -> Any:
-        """Runs a jitted program on a batch, padded to buckets: lengths always, rows where a mesh asks for it."""
+        """Runs a program on a batch, padded to buckets: lengths always, rows where a mesh asks for it."""
         rows = next(iter(batch.values())).shape[0]
-        ways = 1 if self.mesh is None else decoding.batch_bucket(rows, self.mesh)
+        ways = 1 if self.mesh is None else batch_bucket(rows, self.mesh)
         padded = {}
         for name, array in batch.items():
-            extra = (max(rows, ways) - rows, decoding.bucket(array.shape[1]) - array.shape[1])
+            extra = (max(rows, ways) - rows, bucket(array.shape[1]) - array.shape[1])
             padded[name] = np.pad(array, ((0, extra[0]), (0, extra[1])))
-        with decoding.on_mesh(self.mesh, self.rules):
-            return program(self.config, self.params, decoding.put(padded, self.mesh))
+        with on_mesh(self.mesh, self.rules):
+            return program(self.config, self.params, put(padded, self.mesh))
 
     def _decode(
         self,
@@ -386,16 +397,28 @@ class Model:
             raise ValueError(f"max_new_tokens is {max_new_tokens}: give a whole number of at least 1")
         for i, prompt in enumerate(prompts):
             if not len(prompt):
-                raise ValueError(f"row {i} has no real token: give at least one, and a mask that is not all 0")
+                raise ValueError(
+                    f"row {i} has no real token: give at least one, and a mask that is not all 0"
+                )
             used = len(prompt) + (0 if self.encoder_decoder else int(max_new_tokens))
             if (limit := self.config.context_length) is not None and used > limit:
                 raise ValueError(
                     f"prompt {i} has {len(prompt)} tokens"
-                    + ("" if self.encoder_decoder else f", with max_new_tokens {max_new_tokens} that is {used}")
+                    + (
+                        ""
+                        if self.encoder_decoder
+                        else f", with max_new_tokens {max_new_tokens} that is {used}"
+                    )
                     + f", but the model was made for {limit} positions: shorten the prompt"
                     + ("" if self.encoder_decoder else " or lower max_new_tokens")
                 )
-        eos = self.ids.eos if eos_id is None else (eos_id,) if isinstance(eos_id, int | np.integer) else tuple(eos_id)
+        eos = (
+            self.ids.eos
+            if eos_id is None
+            else (eos_id,)
+            if isinstance(eos_id, int | np.integer)
+            else tuple(eos_id)
+        )
         request = decoding.Request(
             prompts=prompts,
             max_new_tokens=int(max_new_tokens),
@@ -417,16 +440,16 @@ class Model:
             sources = []
             starts = [np.r_[source, target[:-1]] for source, target in pairs]
             goals = [np.r_[source[1:], target] for source, target in pairs]
-        length = decoding.bucket(max(map(len, goals)))
-        inputs, mask = decoding.pad_rows(starts, n, length, pad)
+        length = bucket(max(map(len, goals)))
+        inputs, mask = pad_rows(starts, n, length, pad)
         batch = {
             "decoder_input_tokens": inputs,
-            "decoder_target_tokens": decoding.pad_rows(goals, n, length, pad)[0],
+            "decoder_target_tokens": pad_rows(goals, n, length, pad)[0],
             "decoder_segment_ids": mask,
         }
         if sources:
-            width = decoding.bucket(max(map(len, sources)))
-            tokens, mask = decoding.pad_rows(sources, n, width, pad)
+            width = bucket(max(map(len, sources)))
+            tokens, mask = pad_rows(sources, n, width, pad)
             batch |= {"encoder_input_tokens": tokens, "encoder_segment_ids": mask}
         scores, _ = self.token_scores(batch)
         return np.asarray(
@@ -441,10 +464,10 @@ def load(path: PathLike, dtype: Any = None, mesh: Any = None) -> Model:
     """Loads a model for use.
 
     Args:
-      path: a run folder (its newest whole checkpoint), a checkpoint folder inside one, or a Hugging Face directory
-        (config.json and safetensors of T5 1.0/1.1 or LLaMA).
-      dtype: "float32" or "bfloat16", of parameters and computation; None: as trained, and float32 for a Hugging Face
-        directory.
+      path: a run folder (its newest whole checkpoint), a checkpoint folder inside one, or a Hugging Face
+        directory (config.json and safetensors of T5 1.0/1.1 or LLaMA).
+      dtype: "float32" or "bfloat16", of parameters and computation; None: as trained, and float32 for a
+        Hugging Face directory.
       mesh: a jax Mesh or a MeshConfig to spread the model over; None: one device.
 
     Raises:
@@ -456,49 +479,9 @@ def load(path: PathLike, dtype: Any = None, mesh: Any = None) -> Model:
 
 
 def token_ids(vocabulary: Vocabulary) -> TokenIds:
-    """The ids that models trained here use: the decoder starts with the vocabulary's bos, which for T5 is pad."""
+    """The ids that models trained here use: the decoder starts with the vocabulary's bos, which for T5 is
+    pad.
+    """
     return TokenIds(
         pad=vocabulary.pad_id, eos=(vocabulary.eos_id,), start=vocabulary.bos_id, prefix=vocabulary.bos_id
     )
-
-
-def _texts(name: str, texts: Sequence[str], empty: bool = False) -> list[str]:
-    """The texts as a list, checked."""
-    if isinstance(texts, str):
-        raise ValueError(f"{name} is a single string: give a list of strings")
-    rows = list(texts)
-    if not rows:
-        raise ValueError(f"{name} is empty: give at least one text")
-    for i, text in enumerate(rows):
-        if not isinstance(text, str):
-            raise ValueError(f"{name}[{i}] is {type(text).__name__}, not a string")
-        if not text and not empty:
-            raise ValueError(f"{name}[{i}] is empty: give a text of at least one token")
-    return rows
-
-
-def _model_inputs(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return {name: value for name, value in batch.items() if name != "decoder_target_tokens"}
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _logits(config: TransformerConfig, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
-    return Transformer(config).apply({"params": params}, **_model_inputs(batch))
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _token_scores(config: TransformerConfig, params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    logits = Transformer(config).apply({"params": params}, **_model_inputs(batch))  # f32 [batch, length, vocab]
-    targets = batch["decoder_target_tokens"]
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == targets
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _embed(config: TransformerConfig, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
-    mask = batch["encoder_segment_ids"]
-    encoded = Transformer(config).apply(
-        {"params": params}, batch["encoder_input_tokens"], segment_ids=mask, method="encode"
-    )
-    weights = mask[..., None].astype(jnp.float32)  # [batch, length, 1]
-    return (encoded.astype(jnp.float32) * weights).sum(axis=1) / jnp.maximum(weights.sum(axis=1), 1)

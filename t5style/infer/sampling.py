@@ -61,11 +61,10 @@ class Sampling:
         if not np.all((ps > 0) & (ps <= 1)):
             raise ValueError(f"top_p is {top_p}: give a number above 0 and at most 1 (1 = keep all tokens)")
         # Python integers, so that seeds beyond 2**32 wrap instead of failing.
-        seeds = (
-            [int(seed) + i for i in range(batch)]
-            if np.ndim(seed) == 0
-            else [int(s) for s in rows("seed", seed, object)]
-        )  # type: ignore[call-overload]
+        if isinstance(seed, int | np.integer):
+            seeds = [int(seed) + i for i in range(batch)]
+        else:
+            seeds = [int(s) for s in rows("seed", seed, object)]
         return cls(
             temperatures,
             np.minimum(ks, np.iinfo(np.int32).max).astype(np.int32),

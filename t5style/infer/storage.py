@@ -33,9 +33,13 @@ def load(path: PathLike, dtype: Any = None, mesh: Mesh | MeshConfig | None = Non
     """See model.load."""
     folder = epath.Path(path)
     if not folder.exists():
-        raise UserError(f"there is no model at {os.fspath(path)!r}: no such file or folder (looked from {os.getcwd()})")
+        raise UserError(
+            f"there is no model at {os.fspath(path)!r}: no such file or folder (looked from {os.getcwd()})"
+        )
     if not folder.is_dir():
-        raise UserError(f"{folder} is a file: give the folder it lies in (a run folder or a Hugging Face directory)")
+        raise UserError(
+            f"{folder} is a file: give the folder it lies in (a run folder or a Hugging Face directory)"
+        )
     name = _dtype_name(dtype)
     if isinstance(mesh, MeshConfig):
         mesh = mesh.build()
@@ -43,12 +47,14 @@ def load(path: PathLike, dtype: Any = None, mesh: Mesh | MeshConfig | None = Non
         return _load_run(folder, run, name, mesh)
     if (folder / "config.json").exists():
         return _load_huggingface(folder, name or "float32", mesh)
-    holds = sorted(entry.name + ("/" if entry.is_dir() else "") for entry in folder.iterdir() if entry.name[0] != ".")
+    holds = sorted(
+        entry.name + ("/" if entry.is_dir() else "") for entry in folder.iterdir() if entry.name[0] != "."
+    )
     shown = ", ".join(holds[:12]) + (", …" if len(holds) > 12 else "") if holds else "nothing"
     inner = [entry.rstrip("/") for entry in holds if (folder / entry / MODEL_FILE).exists()]
     raise UserError(
-        f"{folder} is no model: it holds {shown}; looked for {MODEL_FILE} with {CHECKPOINTS}/ (a run folder), state/ (a "
-        "checkpoint in one), or config.json with safetensors (a Hugging Face directory)"
+        f"{folder} is no model: it holds {shown}; looked for {MODEL_FILE} (a run folder), "
+        "state/ (a checkpoint in one), or config.json with safetensors (a Hugging Face directory)"
         + (f". It holds the run folders {', '.join(inner)}: name one of them" if inner else "")
     )
 
@@ -65,11 +71,13 @@ def _dtype_name(dtype: Any) -> str | None:
     return name
 
 
-# -------------------------------------------------------------------------------------------------------- run folders
+# ------------------------------------------------------------------------------------------------ run folders
 
 
 def _run_folder(folder: epath.Path) -> epath.Path | None:
-    """The run folder of a run folder, its checkpoints folder, or one of its checkpoints; None for anything else."""
+    """The run folder of a run folder, its checkpoints folder, or one of its checkpoints; None for anything
+    else.
+    """
     if (folder / MODEL_FILE).exists():
         return folder
     for parent in (folder.parent, folder.parent.parent):
@@ -95,12 +103,14 @@ def _load_run(folder: epath.Path, run: epath.Path, dtype: str | None, mesh: Mesh
     return Model(config, params, vocabulary, mesh=mesh, path=os.fspath(folder))
 
 
-# ------------------------------------------------------------------------------------------- Hugging Face directories
+# ----------------------------------------------------------------------------------- Hugging Face directories
 
 
 def _load_huggingface(folder: epath.Path, dtype: str, mesh: Mesh | None) -> Model:
     described = _read_json(folder / "config.json")
-    generation = _read_json(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {}
+    generation = (
+        _read_json(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {}
+    )
     config, params = convert.load_huggingface(os.fspath(folder), dtype)
     if mesh is not None:
         params = jax.device_put(params, param_shardings(logical_axes(config), params, mesh))
@@ -166,7 +176,9 @@ def _prefix(folder: epath.Path, described: Mapping[str, Any], vocabulary: Vocabu
         encoded = tokenizers.Tokenizer.from_file(os.fspath(folder / "tokenizer.json")).encode("a").ids
         adds = bool(encoded) and encoded[0] == bos
     if adds is None:
-        adds = vocabulary is not None  # SentencePiece tokenizers of this family add it, and so do models trained here
+        adds = (
+            vocabulary is not None
+        )  # SentencePiece tokenizers of this family add it, and so do models trained here
     return int(bos) if adds and bos is not None else None
 
 
@@ -190,7 +202,8 @@ def _one_or_list(ids: tuple[int, ...]) -> int | list[int] | None:
 def _save_tokenizer(model: Model, folder: epath.Path) -> None:
     """Our vocabulary files, and under the names transformers looks for where it can read such a vocabulary.
 
-    Character and byte vocabularies have no Hugging Face form that reads our ids: `load` reads vocabulary.json.
+    Character and byte vocabularies have no Hugging Face form that reads our ids: `load` reads
+      vocabulary.json.
     """
     vocabulary = model.vocabulary
     assert vocabulary is not None

@@ -1,4 +1,6 @@
-"""Metrics against hand-computed values, against the packages they stand for, and their standard errors against simulation."""
+"""Metrics against hand-computed values, against the packages they stand for, and their standard errors
+against simulation.
+"""
 
 import numpy as np
 import pytest

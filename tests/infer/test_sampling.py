@@ -1,4 +1,6 @@
-"""Sampling: the support sets of top-k and top-p are exact, draws follow the softmax, and a request's draw is its own."""
+"""Sampling: the support sets of top-k and top-p are exact, draws follow the softmax, and a request's draw is
+its own.
+"""
 
 import jax
 import jax.numpy as jnp
