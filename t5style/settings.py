@@ -1,16 +1,12 @@
-"""What gin files say, checked before anything is built: names, places, overrides, what is used and what is
-missing.
+"""What gin files say, checked before anything is built: names, places, overrides, use, what is missing.
 
-launch.py reads the files (it alone knows gin) and fills `Settings`; everything here is plain Python. The
-rules, which `--explain` shows at work:
+launch.py reads the files (it alone knows gin) and fills `Settings`; here is plain Python. The rules:
 
-1. A file may override what the files that it includes have set (that is composition), below its include
-  lines.
+1. A file may override what the files that it includes have set (that is composition), below its includes.
 2. The command line overrides every file.
 3. Two files that do not include one another must not set the same thing to different values, unless a file
-  that includes both, or the command line, sets it too. Nor may a file set one thing twice.
-4. A macro or field that nothing uses, a name that does not exist and a required value that is missing are
-  errors.
+   that includes both, or the command line, sets it too. Nor may a file set one thing twice.
+4. Unused macros and fields, names that do not exist and missing required values are errors.
 """
 
 from __future__ import annotations
@@ -234,24 +230,21 @@ class Settings:
                 found.append(
                     f"{binding.place}: macro {binding.field} = {binding.value!r} is used nowhere{hint}"
                 )
+            elif winners := now.winners(binding):
+                first = winners[0]
+                hint = (
+                    f"; you may mean --gin.{_flag(first)}=..." if binding.place.file == COMMAND_LINE else ""
+                )
+                others = ", ".join(f"{b.name} ({b.place})" for b in winners[:3])
+                found.append(f"{binding.place}: {binding.name} has no effect: {others} wins over it{hint}")
             elif (id(binding.target.thing)) in {i for i, _ in now.visited}:
-                found.append(
-                    f"{binding.place}: {binding.name} has no effect: "
-                    f"every use of {binding.target.short} is in a scope that sets it otherwise"
-                )
+                unused = f"nothing uses {binding.target.short} in the scope {binding.scope!r}"
+                found.append(f"{binding.place}: {binding.name} has no effect: {unused}")
             else:
-                users = sorted({self.targets[i].name for i, _ in now.visited})
-                found.append(
-                    f"{binding.place}: {binding.name} is set, but this job uses no {binding.target.name}"
-                    f"{nearest(binding.target.name, users)}"
-                )
+                hint = nearest(binding.target.name, sorted({self.targets[i].name for i, _ in now.visited}))
+                said = f"is set, but this job uses no {binding.target.name}{hint}"
+                found.append(f"{binding.place}: {binding.name} {said}")
         return list(dict.fromkeys(found))
-
-    def use(self, root: Target) -> list[tuple[Target, str]]:
-        """Every (target, scope) that building the job calls, outermost first."""
-        walk = _Walk(self, with_history=False)
-        walk.visit(root, "")
-        return [(self.targets[i], scope) for i, scope in walk.visited]
 
     def where(self, target: Target, field: str) -> str:
         """Where a field's value comes from, macros followed: `experiments/x.gin:3 (%STEPS), the command
@@ -297,7 +290,10 @@ class Settings:
         for binding in self.bindings.values():
             if binding.target is None:
                 result.append((binding.name, render(binding.value), str(binding.place), _note(binding)))
-        for target, scope in self.use(root):
+        walk = _Walk(self, with_history=False)
+        walk.visit(root, "")
+        for i, scope in walk.visited:
+            target = self.targets[i]
             effective = self.effective(target, scope)
             prefix = f"{scope}/" if scope else ""
             for field, parameter in target.parameters().items():
@@ -351,6 +347,16 @@ class _Walk:
                 for one in binding.history() if self.with_history else [binding]:
                     self._follow(one.value, scope, one)
         self._stack.pop()
+
+    def winners(self, binding: Binding) -> list[Binding]:
+        """The bindings of inner scopes that hide `binding` wherever its target is used."""
+        hiding: dict[int, Binding] = {}
+        for i, scope in self.visited:
+            if binding.target is not None and i == id(binding.target.thing):
+                for other in self.settings.effective(binding.target, scope).get(binding.field, []):
+                    if other.scope != binding.scope and (scope + "/").startswith(binding.scope):
+                        hiding[id(other)] = other
+        return list(hiding.values())
 
     def _missing(self, target: Target, field: str, scope: str) -> None:
         flag = f"{scope}/{target.short}.{field}" if scope else f"{target.short}.{field}"

@@ -277,13 +277,16 @@ def _move_aside(run: RunDir) -> str:
 
 
 def summary(figures: Mapping[str, Any]) -> str:
-    """`: loss 1.234, steps 200` from the plain figures, or nothing."""
-    plain = {k: v for k, v in figures.items() if isinstance(v, int | float | str) and len(str(v)) < 60}
-    words = [
-        f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v:,}" if isinstance(v, int) else f"{k} {v}"
-        for k, v in plain.items()
-    ]
-    return ": " + ", ".join(words) if words else ""
+    """`: loss 1.234, steps 200` from the first six plain figures (all are in the manifest), or nothing."""
+    words = []
+    for name, value in figures.items():
+        if isinstance(value, float):
+            words.append(f"{name} {value:.4g}")
+        elif isinstance(value, int):
+            words.append(f"{name} {value:,}")
+        elif isinstance(value, str) and len(value) < 60:
+            words.append(f"{name} {value}")
+    return ": " + ", ".join(words[:6]) if words else ""
 
 
 def differences(old: Any, new: Any, name: str = "") -> Iterator[str]:

@@ -82,7 +82,7 @@ MISTAKES = {
     ),
     "scope never entered": (
         "other/fake_jobs.Write.size = 3\n",
-        r"test.gin:8: other/fake_jobs.Write.size has no effect",
+        r"test.gin:8: other/fake_jobs.Write.size has no effect: nothing uses Write in the scope 'other'",
     ),
     "settings of an uncalled class": (
         "fake_jobs.Write.options = {'make': @fake_jobs.Part}\nfake_jobs.Part.size = 3\n",
@@ -168,6 +168,16 @@ def test_the_command_line_overrides_everything(tmp_path):
     assert loaded.run_dir == "runs/x"
     assert "SIZE = 3" not in loaded.text.given  # it has no effect, and the saved file must stand by itself
     assert launch.load([file], ["Write.size=5", "Write.size=6"]).job.size == 6
+
+
+def test_a_setting_hidden_by_scopes_is_told_which_one_wins(tmp_path):
+    text = JOB.replace("@fake_jobs.Write()", "@a/fake_jobs.Write()") + "a/fake_jobs.Write.size = 3\n"
+    said = problem(tmp_path, text, "Write.size=4")
+    assert re.search(r"Write.size has no effect: a/fake_jobs.Write.size \(.*test.gin:8\) wins over it", said)
+    assert "you may mean --gin.a/Write.size=..." in said
+    assert launch.load([gin_file(tmp_path, text)], ["a/Write.size=4"]).job.size == 4
+    # In a file it may stay: what is set for all is often set otherwise for each.
+    assert launch.load([gin_file(tmp_path, text + "fake_jobs.Write.size = 5\n")]).job.size == 3
 
 
 def test_scopes_and_lists_and_functions_arrive_plain(tmp_path):
