@@ -167,8 +167,7 @@ def _from_tpu_variables() -> Cluster | None:
 
 def _from_metadata() -> Cluster | None:
     """Facts of a Cloud TPU VM; its metadata server is asked only on a machine that has TPU chips."""
-    chips = any(pathlib.Path("/dev").glob("accel[0-9]*")) or any(pathlib.Path("/dev/vfio").glob("[0-9]*"))
-    if not chips or importlib.util.find_spec("libtpu") is None or os.environ.get("JAX_PLATFORMS") == "cpu":
+    if not _has_tpu():
         return None
     endpoints, number = _metadata("worker-network-endpoints"), _metadata("agent-worker-number")
     if not endpoints or not number:
@@ -177,6 +176,14 @@ def _from_metadata() -> Cluster | None:
     workers = [part.split(":")[-1] for part in endpoints.split(",")]
     settings = dict(re.findall(r"^\s*(\w+)\s*:\s*'?([^'\n]*)'?\s*$", _metadata("tpu-env") or "", flags=re.M))
     return _tpu_cluster(workers, _number("agent-worker-number", number), {**settings, **os.environ})
+
+
+def _has_tpu() -> bool:
+    """Whether this machine has TPU chips that the program may use, found without starting JAX's backend."""
+    chips = any(pathlib.Path("/dev").glob("accel[0-9]*")) or any(pathlib.Path("/dev/vfio").glob("[0-9]*"))
+    return (
+        chips and importlib.util.find_spec("libtpu") is not None and os.environ.get("JAX_PLATFORMS") != "cpu"
+    )
 
 
 def _tpu_cluster(workers: list[str], worker: int, settings: Mapping[str, str]) -> Cluster:

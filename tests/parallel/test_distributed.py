@@ -1,0 +1,158 @@
+import http.server
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from t5style.parallel import distributed
+from t5style.parallel.distributed import Cluster, StartupError, find_cluster
+from t5style.parallel.local import free_port
+
+VARIABLES = (
+    "COORDINATOR_ADDRESS",
+    "NUM_PROCESSES",
+    "PROCESS_ID",
+    "TPU_WORKER_HOSTNAMES",
+    "TPU_PROCESS_ADDRESSES",
+    "TPU_WORKER_ID",
+    "MEGASCALE_COORDINATOR_ADDRESS",
+    "MEGASCALE_NUM_SLICES",
+    "MEGASCALE_SLICE_ID",
+)
+
+
+@pytest.fixture(autouse=True)
+def no_cluster(monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_one_process_by_itself():
+    assert find_cluster() is None
+    assert distributed.initialize() is False
+    distributed.barrier("alone")
+    distributed.check_same("configuration", "abc")
+    assert distributed.is_main()
+
+
+def test_variables(monkeypatch):
+    monkeypatch.setenv("COORDINATOR_ADDRESS", "10.0.0.2:8476")
+    monkeypatch.setenv("NUM_PROCESSES", "4")
+    with pytest.raises(StartupError, match=r"NUM_PROCESSES are set but PROCESS_ID is not: set all of"):
+        find_cluster()
+    monkeypatch.setenv("PROCESS_ID", "3")
+    assert find_cluster() == Cluster("10.0.0.2:8476", 4, 3)
+    monkeypatch.setenv("PROCESS_ID", "4")
+    with pytest.raises(StartupError, match="PROCESS_ID=4 must be from 0 to NUM_PROCESSES - 1 = 3"):
+        find_cluster()
+    monkeypatch.setenv("PROCESS_ID", "two")
+    with pytest.raises(StartupError, match="PROCESS_ID='two' must be a whole number"):
+        find_cluster()
+
+
+def test_tpu_variables(monkeypatch):
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "w0,w1,w2,w3")
+    with pytest.raises(StartupError, match="TPU_WORKER_ID is not"):
+        find_cluster()
+    monkeypatch.setenv("TPU_WORKER_ID", "2")
+    assert find_cluster() == Cluster("w0:8482", 4, 2, {0: "w0", 1: "w1", 2: "w2", 3: "w3"})
+    # The second of two slices.
+    monkeypatch.setenv("MEGASCALE_COORDINATOR_ADDRESS", "s0-w0:8080")
+    monkeypatch.setenv("MEGASCALE_NUM_SLICES", "2")
+    monkeypatch.setenv("MEGASCALE_SLICE_ID", "1")
+    cluster = find_cluster()
+    assert (cluster.coordinator, cluster.num_processes, cluster.process_id) == ("s0-w0:8482", 8, 6)
+    assert (cluster.hosts[1], cluster.hosts[6]) == ("slice 0, worker 1", "w2")
+
+
+def test_one_tpu_host_needs_no_start_up(monkeypatch):
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
+    monkeypatch.setenv("TPU_WORKER_ID", "0")
+    assert find_cluster().num_processes == 1
+    assert distributed.initialize() is False
+
+
+def test_tpu_vm_metadata(monkeypatch):
+    answers = {
+        "worker-network-endpoints": "unknown:unknown:10.0.0.5,unknown:unknown:10.0.0.6",
+        "agent-worker-number": "1",
+        "tpu-env": "ACCELERATOR_TYPE: 'v5litepod-16'\nMEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '0'\n",
+    }
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            answer = answers.get(self.path.rsplit("/", 1)[1])
+            self.send_response(200 if answer and self.headers["Metadata-Flavor"] == "Google" else 404)
+            self.end_headers()
+            self.wfile.write((answer or "").encode())
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("localhost", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("GCE_METADATA_IP", f"localhost:{server.server_address[1]}")
+        monkeypatch.setattr(distributed, "_has_tpu", lambda: True)
+        cluster = find_cluster()
+        assert (cluster.coordinator, cluster.num_processes, cluster.process_id) == ("10.0.0.5:8482", 4, 1)
+        assert cluster.hosts == {0: "10.0.0.5", 1: "10.0.0.6", 2: "slice 1, worker 0", 3: "slice 1, worker 1"}
+        # One host by itself has no endpoints beside its own.
+        answers.update({"worker-network-endpoints": "vm-0", "agent-worker-number": "0", "tpu-env": ""})
+        assert find_cluster().num_processes == 1
+        del answers["agent-worker-number"]
+        assert find_cluster() is None
+        server.shutdown()
+
+
+def test_timeout_must_be_a_number(monkeypatch):
+    monkeypatch.setenv("T5STYLE_STARTUP_TIMEOUT", "soon")
+    with pytest.raises(StartupError, match="T5STYLE_STARTUP_TIMEOUT='soon' must be a number of seconds"):
+        distributed.initialize()
+
+
+SCRIPT = """
+import sys
+from t5style.parallel import distributed
+try:
+    assert distributed.initialize()
+    distributed.barrier("ready")
+    distributed.check_same("configuration", sys.argv[1])
+except distributed.StartupError as error:
+    sys.exit(str(error))
+"""
+
+
+def start(port, processes, process, value="same", timeout="60"):
+    environment = {
+        **os.environ,
+        "COORDINATOR_ADDRESS": f"localhost:{port}",
+        "NUM_PROCESSES": str(processes),
+        "PROCESS_ID": str(process),
+        "T5STYLE_STARTUP_TIMEOUT": timeout,
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, value], env=environment, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_a_missing_process_is_an_error_and_no_hang():
+    began = time.monotonic()
+    process = start(free_port(), 2, 0, timeout="2")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "After 2 s only 1 of 2 processes have started; absent: 1. Start the same command" in errors
+    assert time.monotonic() - began < 100  # of which nearly all is Python's own start on a busy machine
+
+
+def test_hosts_with_different_configurations_are_named():
+    port = free_port()
+    processes = [start(port, 2, process, value) for process, value in enumerate(("aaaa", "bbbb"))]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 1
+        assert "do not run the same configuration: process 0 on" in errors
+        assert "has aaaa, but process 1 on" in errors
+        assert "has bbbb" in errors
