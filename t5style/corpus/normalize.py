@@ -14,6 +14,8 @@ _REMOVED = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f\ufeff\ufffe\uff
 # Unicode's other line ends (annex 14): carriage return, form feed, next line, line and paragraph separator.
 _LINE_ENDS = re.compile("\r\n?|[\x0c\x85\u2028\u2029]")
 _SURROGATES = re.compile("[\ud800-\udfff]")
+# Any character that one of the three would change: nearly every text is done after this one look.
+_ANY = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 
 
 def normalize(text: str) -> str:
@@ -22,10 +24,14 @@ def normalize(text: str) -> str:
     White space and everything visible stay as they are. Doing it twice changes nothing more.
     """
     if not text.isascii():
-        text = _SURROGATES.sub("\ufffd", text)
         text = unicodedata.normalize("NFC", text)
+    if not _ANY.search(text):
+        return text
+    text = _SURROGATES.sub("\ufffd", text)
     # Removal after line ends: "\r\x00\n" is two line ends, not one.
-    return _REMOVED.sub("", _LINE_ENDS.sub("\n", text))
+    text = _REMOVED.sub("", _LINE_ENDS.sub("\n", text))
+    # Characters that a removed one kept apart may now compose.
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ from t5style.run_dir import UserError
         ("a\r\nb\rc\nd", "a\nb\nc\nd"),
         ("a\x0cb\x85c\u2028d\u2029e", "a\nb\nc\nd\ne"),
         ("\ufeffa\x00b\x7f\x1b[0m\x9f", "ab[0m"),
+        ("e\x00\u0301 e\ufeff\u0301", "é é"),
         ("  spaces\t stay \n\n\n", "  spaces\t stay \n\n\n"),
         ("half \ud800 pair", "half \ufffd pair"),
         ("ﬁ ² 🙂", "ﬁ ² 🙂"),
