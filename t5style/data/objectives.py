@@ -70,7 +70,7 @@ class Examples:
 
 
 def spread(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The positions starts[i], starts[i] + 1, …, starts[i] + lengths[i] - 1 for each i: int64 [sum(lengths)]."""
+    """For each i the positions starts[i] … starts[i] + lengths[i] - 1: int64 [sum(lengths)]."""
     ends = np.cumsum(lengths)
     return np.repeat(starts - ends + lengths, lengths) + np.arange(int(ends[-1]) if len(ends) else 0)
 
@@ -108,7 +108,7 @@ class Windowed:
     reads_previous: ClassVar[bool] = False
 
     def window(self, lengths: Mapping[str, int], architecture: str, ids: Ids) -> int:
-        """Tokens in one window. Raises ValueError where the lengths, architecture or vocabulary do not fit."""
+        """Tokens in one window. Raises ValueError where lengths, architecture or vocabulary do not fit."""
         raise TypeError(f"{type(self).__name__} is not an objective by itself")
 
     def apply(self, tokens: np.ndarray, random: RowRandom, architecture: str, ids: Ids) -> Examples:

@@ -42,7 +42,7 @@ def one_per_row(members: np.ndarray) -> Plan:
 
 
 def efficiency(lengths: np.ndarray, limits: tuple[int, int], plan: Plan) -> tuple[float, float]:
-    """Share of the rows' places that hold tokens, for the encoder and the decoder (0 where its limit is 0)."""
+    """Share of the rows' places that hold tokens, for encoder and decoder (0 where the limit is 0)."""
     used = lengths[plan.members].sum(axis=0)
     places = np.array(limits) * plan.rows
     return tuple(float(u / p) if p else 0.0 for u, p in zip(used, places, strict=True))  # type: ignore[return-value]

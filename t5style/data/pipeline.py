@@ -17,9 +17,9 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 
-import grain  # type: ignore[import-untyped]
+import grain
 import numpy as np
-from grain.experimental import index_shuffle  # type: ignore[import-untyped]
+from grain.experimental import index_shuffle
 
 from t5style import run_dir
 from t5style.corpus.vocabulary import Vocabulary

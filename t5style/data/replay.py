@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -94,7 +95,7 @@ def _text(ids: np.ndarray, vocabulary: Vocabulary) -> str:
 def _marked(ids: np.ndarray, learned: np.ndarray, vocabulary: Vocabulary) -> str:
     borders = [0, *(np.flatnonzero(np.diff(learned.astype(np.int8))) + 1).tolist(), len(ids)]
     parts = []
-    for start, end in zip(borders[:-1], borders[1:], strict=True):
+    for start, end in itertools.pairwise(borders):
         text = _text(ids[start:end], vocabulary)
         parts.append(text if end > start and learned[start] else f"{UNLEARNED[0]}{text}{UNLEARNED[1]}")
     return "".join(parts)

@@ -224,7 +224,7 @@ class TaskRows:
     # ------------------------------------------------------------------------------------------------- both
 
     def read(self, rows: np.ndarray, finite: bool) -> Iterator[tuple[Examples, np.ndarray]]:
-        """The examples of rows int64 [n], in groups: examples, and for each the place of its row in `rows`."""
+        """The examples of rows int64 [n], in groups: examples, and for each its row's place in `rows`."""
         return (
             self._read_windows(rows, finite)
             if isinstance(self.objective, Windowed)

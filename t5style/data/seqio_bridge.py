@@ -76,7 +76,7 @@ def materialize(
     sequence_length: Mapping[str, int] | None = None,
     vocabulary: vocabulary_lib.Vocabulary | None = None,
 ) -> dict[str, Any]:
-    """See `Materialize`. Returns examples and tokens by task, split and feature; replaces stores in `folder`."""
+    """See `Materialize`; replaces stores in `folder`. Returns examples and tokens by task, split, feature."""
     import seqio
 
     try:

@@ -378,14 +378,14 @@ def test_what_cannot_work_is_refused_by_name(text_store: str, pair_store: str, m
     with pytest.raises(ValueError, match="batch_size is 0"):
         BatchSource(span, "train", 0, ENCODER_DECODER_LENGTHS)
     empty = make_store({"train": {"text": ["a"]}, "validation": {"text": []}}, name="empty")
-    with pytest.raises(UserError, match="Task 't': split 'validation' of token store .*empty is empty"):
+    with pytest.raises(UserError, match=r"Task 't': split 'validation' of token store .*empty is empty"):
         BatchSource(Task("t", empty, CausalLM()), "validation", 8, {"decoder": 8}, DECODER_ONLY)
     other = make_store(
         {"train": {"text": ["abc"]}}, name="characters", vocabulary=CharacterVocabulary("abc", 50)
     )
     mixed = Mixture("m", [span, Task("b", other, SpanCorruption())])
     with pytest.raises(
-        UserError, match="Task 'b' has a store of vocabulary .* tokenize both with one vocabulary"
+        UserError, match=r"Task 'b' has a store of vocabulary .* tokenize both with one vocabulary"
     ):
         BatchSource(mixed, "train", 8, ENCODER_DECODER_LENGTHS)
     source = BatchSource(span, "train", 8, ENCODER_DECODER_LENGTHS)

@@ -149,12 +149,12 @@ def test_seqio_evaluator_runs_our_task(pair_store: str) -> None:
         answers = []
         for index, example in dataset.as_numpy_iterator():
             right = example["decoder_target_tokens"].tolist()
-            answers.append((int(index), vocabulary.encode("wrong") + [1] if index % 3 == 0 else right))
+            answers.append((int(index), [*vocabulary.encode("wrong"), 1] if index % 3 == 0 else right))
         return seqio_bridge.predictions(answers[::-1])
 
     metrics, outputs = evaluator.evaluate(compute_metrics=True, predict_fn=predict)
     # 23 examples, of which 0, 3, …, 21 are answered wrongly; postprocess made both sides upper case.
-    assert metrics.result()["pairs"]["exact_match"].value == pytest.approx(100 * 15 / 23)
+    assert metrics.result()["pairs"]["exact_match"] == pytest.approx(100 * 15 / 23)
     assert len(next(iter(outputs["pairs"].values()))) == 23
 
 
@@ -219,7 +219,7 @@ def test_the_adapter_does_what_the_vocabulary_does() -> None:
     assert theirs.encode(text) == ours.encode(text)
     assert theirs.encode_tf(tf.constant(text)).numpy().tolist() == ours.encode(text)
     assert theirs.decode(ours.encode(text)) == text
-    ids = tf.constant([ours.encode("ab") + [1, 7], ours.encode("cd") + [1, 0]])
+    ids = tf.constant([[*ours.encode("ab"), 1, 7], [*ours.encode("cd"), 1, 0]])
     assert [t.decode() for t in theirs.decode_tf(ids).numpy()] == ["ab", "cd"]
     assert theirs == seqio_bridge.to_seqio_vocabulary(ByteVocabulary(extra_ids=10))
     assert theirs.vocab_size == ours.vocab_size
@@ -228,7 +228,7 @@ def test_the_adapter_does_what_the_vocabulary_does() -> None:
 def test_what_cannot_be_bridged_is_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match="seqio knows no task or mixture 'nothing'"):
         seqio_bridge.materialize("nothing", str(tmp_path / "a"))
-    with pytest.raises(UserError, match="Module 'no_such_module' of seqio task 'x'.*install it"):
+    with pytest.raises(UserError, match=r"Module 'no_such_module' of seqio task 'x'.*install it"):
         seqio_bridge.Materialize("x", module="no_such_module")(RunDir(str(tmp_path / "b")).create())
     with pytest.raises(UserError, match="PassThroughVocabulary has no counterpart here; give `vocabulary`"):
         seqio_bridge.from_seqio_vocabulary(seqio.PassThroughVocabulary(100))

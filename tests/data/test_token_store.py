@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import shutil
@@ -86,7 +87,7 @@ def test_fingerprint_is_of_content_not_place(tmp_path: pathlib.Path) -> None:
 
 def test_interrupted_write_leaves_no_store(tmp_path: pathlib.Path) -> None:
     writer = TokenStoreWriter(tmp_path / "s", ["text"], ByteVocabulary())
-    with pytest.raises(KeyboardInterrupt), writer:
+    with contextlib.suppress(KeyboardInterrupt), writer:
         writer.add("train", {"text": [5, 6]})
         raise KeyboardInterrupt
     assert not list((tmp_path / "s").rglob("zarr.json"))
@@ -148,7 +149,7 @@ def test_exchanged_vocabulary_is_refused(text_store: str) -> None:
     shutil.rmtree(pathlib.Path(text_store) / "vocabulary")
     CharacterVocabulary("abc").save(pathlib.Path(text_store) / "vocabulary")
     store = TokenStore.open(text_store)
-    with pytest.raises(UserError, match="was made with vocabulary .* but its folder vocabulary/ now holds"):
+    with pytest.raises(UserError, match=r"was made with vocabulary .* but its folder vocabulary/ now holds"):
         _ = store.vocabulary
 
 

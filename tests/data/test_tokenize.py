@@ -119,7 +119,7 @@ def test_bad_settings_are_refused(run: Run, tmp_path: pathlib.Path) -> None:
         run(corpus="nowhere")
     with pytest.raises(UserError, match="has no split 'test', only train, validation"):
         run(splits=["test"])
-    with pytest.raises(UserError, match="None of the documents in .* gave an example .*no nothing for text"):
+    with pytest.raises(UserError, match=r"None of the documents in .* gave an example .*no nothing for text"):
         run(features={"text": "{meta[nothing]}"})
     with pytest.raises(UserError, match="None of the documents"):
         run(sources=["unheard of"])
