@@ -59,12 +59,13 @@ class Document:
         return record
 
 
-def write_documents(path: epath.PathLike, documents: Iterable[Document]) -> int:
+def write_documents(path: epath.PathLike, documents: Iterable[Document], level: int = 3) -> int:
     """Writes documents to one file, in bounded memory; the file appears whole or not at all.
 
     Args:
       path: ends in .parquet, .jsonl, .jsonl.gz or .jsonl.zst.
       documents: any iterable, read once.
+      level: of zstd compression, 1 (fast) to 22 (small), for .parquet and .zst.
 
     Returns:
       The number of documents written.
@@ -76,7 +77,7 @@ def write_documents(path: epath.PathLike, documents: Iterable[Document]) -> int:
     path = epath.Path(path)
     _check_suffix(path)
     count = 0
-    with DocumentWriter(path) as writer:
+    with DocumentWriter(path, level) as writer:
         for document in documents:
             writer.write(document)
             count += 1
@@ -88,8 +89,9 @@ class DocumentWriter:
     well.
     """
 
-    def __init__(self, path: epath.PathLike):
+    def __init__(self, path: epath.PathLike, level: int = 3):
         self.path = epath.Path(path)
+        self._level = level
         _check_suffix(self.path)
         self._stack = contextlib.ExitStack()
         self._group: list[Document] = []
@@ -103,7 +105,9 @@ class DocumentWriter:
 
                 self._schema = pyarrow.schema([(name, pyarrow.large_string()) for name in COLUMNS])
                 self._parquet = stack.enter_context(
-                    pyarrow.parquet.ParquetWriter(raw, self._schema, compression="zstd")
+                    pyarrow.parquet.ParquetWriter(
+                        raw, self._schema, compression="zstd", compression_level=self._level
+                    )
                 )
             elif self.path.name.endswith(".gz"):
                 # mtime 0: the same documents give the same bytes.
@@ -113,7 +117,7 @@ class DocumentWriter:
             elif self.path.name.endswith(".zst"):
                 import zstandard
 
-                compressor = zstandard.ZstdCompressor(level=19)
+                compressor = zstandard.ZstdCompressor(self._level)
                 self._lines = stack.enter_context(compressor.stream_writer(raw, closefd=False))
             else:
                 self._lines = raw

@@ -308,7 +308,7 @@ def main() -> None:
             subprocess.run(["dpkg-deb", "-x", found[-1], folder], check=True)
             path = arguments.output / f"{name}.jsonl.zst"
             documents = list(build(pathlib.Path(folder)))
-            write_documents(path, documents)
+            write_documents(path, documents, level=19)
         characters = sum(len(document.text) for document in documents)
         sizes = f"{len(documents)} documents, {characters} characters, {path.stat().st_size} bytes"
         print(f"{name}: {sizes} from {found[-1].name}")
