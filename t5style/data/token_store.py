@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -69,6 +70,10 @@ def _array_kvstore(folder: str, name: str) -> dict[str, Any]:
     return {**spec, "path": f"{spec['path']}{name}/"}
 
 
+_opened: weakref.WeakValueDictionary[tuple[str, str], TokenStore] = weakref.WeakValueDictionary()
+_opened_lock = threading.Lock()
+
+
 @functools.cache
 def _context() -> ts.Context:
     return ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
@@ -111,7 +116,10 @@ class TokenStore:
             )
         store = cls(folder, manifest)
         store._check_files(contents=verify)
-        return store
+        # A run opens the same store for training, evaluation and its preflight: one copy in memory serves
+        # them all.
+        with _opened_lock:
+            return _opened.setdefault((os.path.abspath(folder), store.fingerprint), store)
 
     def _check_files(self, contents: bool) -> None:
         files = ts.KvStore.open(_kvstore(self.folder)).result()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import pathlib
 import subprocess
 import sys
@@ -237,6 +238,32 @@ def test_what_cannot_be_bridged_is_refused(tmp_path: pathlib.Path) -> None:
         seqio_bridge.materialize("lines", str(tmp_path / "c"), ["test"])
     with pytest.raises(UserError, match=r"mixture\.json is missing"):
         seqio_bridge.load_mixture(str(tmp_path))
+
+
+def test_the_benchmark_compares_like_with_like(tmp_path: pathlib.Path) -> None:
+    path = pathlib.Path(__file__).parents[2] / "experiments" / "benchmarks" / "input_pipeline.py"
+    spec = importlib.util.spec_from_file_location("input_pipeline", path)
+    assert spec is not None
+    assert spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    benchmark.write_documents(tmp_path, 60_000)
+    batches, _ = benchmark.theirs(tmp_path, 4)
+    contestants = {
+        "memory": benchmark.ours(tmp_path, 4, True),
+        "chunks": benchmark.ours(tmp_path, 4, False),
+        "seqio": batches,
+    }
+    for contestant in contestants.values():
+        assert next(contestant) == 4 * 568
+    # The peer's rows are as full as ours: 512 inputs and 114 targets, each with its end of sequence.
+    task = seqio.get_mixture_or_task("spans")
+    example = next(task.get_dataset(benchmark.LENGTHS, "train", shuffle=False).as_numpy_iterator())
+    assert (len(example["inputs"]), len(example["targets"])) == (512, 114)
+    assert [t for t in example["inputs"] if t >= 259] == list(range(383, 383 - 28, -1))
+    assert [t for t in example["targets"] if t >= 259] == list(range(383, 383 - 28, -1))
+    rates = benchmark.compare(contestants, 1, 0.0, lambda batches, seconds: (float(next(batches)), 1.0))
+    assert rates == {name: [4 * 568.0] for name in contestants}
 
 
 def test_the_room_loads_no_tensorflow() -> None:

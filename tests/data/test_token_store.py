@@ -85,6 +85,15 @@ def test_fingerprint_is_of_content_not_place(tmp_path: pathlib.Path) -> None:
     assert fingerprint("c", [5, 6, 8]) != fingerprint("a2", [5, 6, 7])
 
 
+def test_a_store_is_held_in_memory_once(text_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = TokenStore.open(text_store)
+    monkeypatch.chdir(pathlib.Path(text_store).parent)
+    assert TokenStore.open(pathlib.Path(text_store).name) is store
+    (pathlib.Path(text_store) / "store.json").unlink()
+    with pytest.raises(UserError, match="holds no token store"):
+        TokenStore.open(text_store)  # looked at again all the same
+
+
 def test_interrupted_write_leaves_no_store(tmp_path: pathlib.Path) -> None:
     writer = TokenStoreWriter(tmp_path / "s", ["text"], ByteVocabulary())
     with contextlib.suppress(KeyboardInterrupt), writer:
