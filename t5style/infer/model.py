@@ -15,30 +15,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from t5style.corpus.vocabulary import Vocabulary
-from t5style.infer import decoding, programs
+from t5style.infer import decoding, programs, storage
 from t5style.infer.batch import batch_bucket, bucket, check_texts, check_tokens, on_mesh, pad_rows, put
+from t5style.infer.ids import TokenIds, token_ids
 from t5style.infer.sampling import Sampling
 from t5style.models.config import TransformerConfig
 from t5style.parallel.rules import Rules
 from t5style.run_dir import PathLike, UserError
 
 BATCH_SIZE = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenIds:
-    """Ids with a meaning to decoding.
-
-    pad: fills what is no token.
-    eos: ends an answer; several may do so, none means that only max_new_tokens ends it.
-    start: what the decoder of an encoder-decoder starts with.
-    prefix: what stands before the text of a decoder-only prompt; None for nothing.
-    """
-
-    pad: int = 0
-    eos: tuple[int, ...] = (1,)
-    start: int = 0
-    prefix: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -342,11 +327,9 @@ class Model:
           ValueError: another format.
           UserError: the family has no Hugging Face form, or the folder cannot be written.
         """
-        from t5style.infer import storage
-
         if format != "huggingface":
             raise ValueError(f"format is {format!r}: only 'huggingface' is known")
-        storage.save_huggingface(self, path)
+        storage.save_huggingface(storage.Stored(self.config, self.params, self.vocabulary, self.ids), path)
 
     # ------------------------------------------------------------------------------------------------ helpers
 
@@ -473,15 +456,7 @@ def load(path: PathLike, dtype: Any = None, mesh: Any = None) -> Model:
     Raises:
       UserError: there is no model at the path, it is damaged, or its vocabulary does not fit it.
     """
-    from t5style.infer import storage
-
-    return storage.load(path, dtype, mesh)
-
-
-def token_ids(vocabulary: Vocabulary) -> TokenIds:
-    """The ids that models trained here use: the decoder starts with the vocabulary's bos, which for T5 is
-    pad.
-    """
-    return TokenIds(
-        pad=vocabulary.pad_id, eos=(vocabulary.eos_id,), start=vocabulary.bos_id, prefix=vocabulary.bos_id
+    stored = storage.load(path, dtype, mesh)
+    return Model(
+        stored.config, stored.params, stored.vocabulary, stored.ids, mesh=stored.mesh, path=stored.path
     )

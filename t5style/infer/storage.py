@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from jax.sharding import Mesh
 
 from t5style.corpus import vocabulary as vocabulary_lib
 from t5style.corpus.vocabulary import SentencePieceVocabulary, TokenizerVocabulary, Vocabulary
-from t5style.infer.model import Model, TokenIds, token_ids
+from t5style.infer.ids import TokenIds, token_ids
 from t5style.models import convert
 from t5style.models.config import DTYPES, TransformerConfig
 from t5style.models.params import abstract_params, logical_axes
@@ -29,7 +30,24 @@ TOKENIZER_FILES = ("vocabulary.json", "spiece.model", "tokenizer.model", "tokeni
 T5_EXTRA_IDS = 100  # transformers' default; spiece.model does not hold the sentinels
 
 
-def load(path: PathLike, dtype: Any = None, mesh: Mesh | MeshConfig | None = None) -> Model:
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """What a model is made of, as it lies on disk; `ids` None: those of the vocabulary."""
+
+    config: TransformerConfig
+    params: Any
+    vocabulary: Vocabulary | None
+    ids: TokenIds | None = None
+    mesh: Mesh | None = None
+    path: str = ""
+
+    @property
+    def encoder_decoder(self) -> bool:
+        """Whether there is an encoder."""
+        return self.config.architecture == "encoder_decoder"
+
+
+def load(path: PathLike, dtype: Any = None, mesh: Mesh | MeshConfig | None = None) -> Stored:
     """See model.load."""
     folder = epath.Path(path)
     if not folder.exists():
@@ -87,7 +105,7 @@ def _run_folder(folder: epath.Path) -> epath.Path | None:
     return None
 
 
-def _load_run(folder: epath.Path, run: epath.Path, dtype: str | None, mesh: Mesh | None) -> Model:
+def _load_run(folder: epath.Path, run: epath.Path, dtype: str | None, mesh: Mesh | None) -> Stored:
     try:
         config = TransformerConfig.from_json((run / MODEL_FILE).read_text())
     except ValueError as error:
@@ -100,13 +118,13 @@ def _load_run(folder: epath.Path, run: epath.Path, dtype: str | None, mesh: Mesh
     vocabulary = None
     if (run / VOCABULARY_FOLDER).exists():
         vocabulary = vocabulary_lib.load(run / VOCABULARY_FOLDER)
-    return Model(config, params, vocabulary, mesh=mesh, path=os.fspath(folder))
+    return Stored(config, params, vocabulary, mesh=mesh, path=os.fspath(folder))
 
 
 # ----------------------------------------------------------------------------------- Hugging Face directories
 
 
-def _load_huggingface(folder: epath.Path, dtype: str, mesh: Mesh | None) -> Model:
+def _load_huggingface(folder: epath.Path, dtype: str, mesh: Mesh | None) -> Stored:
     described = _read_json(folder / "config.json")
     generation = (
         _read_json(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {}
@@ -116,7 +134,7 @@ def _load_huggingface(folder: epath.Path, dtype: str, mesh: Mesh | None) -> Mode
         params = jax.device_put(params, param_shardings(logical_axes(config), params, mesh))
     vocabulary = _tokenizer(folder, config)
     ids = _huggingface_ids(folder, config, {**generation, **_without_none(described)}, vocabulary)
-    return Model(config, params, vocabulary, ids, mesh, path=os.fspath(folder))
+    return Stored(config, params, vocabulary, ids, mesh, path=os.fspath(folder))
 
 
 def _read_json(path: epath.Path) -> dict[str, Any]:
@@ -182,8 +200,9 @@ def _prefix(folder: epath.Path, described: Mapping[str, Any], vocabulary: Vocabu
     return int(bos) if adds and bos is not None else None
 
 
-def save_huggingface(model: Model, path: PathLike) -> None:
+def save_huggingface(model: Stored, path: PathLike) -> None:
     """See Model.save."""
+    assert model.ids is not None
     extra: dict[str, Any] = {"pad_token_id": model.ids.pad, "eos_token_id": _one_or_list(model.ids.eos)}
     if model.encoder_decoder:
         extra["decoder_start_token_id"] = model.ids.start
@@ -199,7 +218,7 @@ def _one_or_list(ids: tuple[int, ...]) -> int | list[int] | None:
     return list(ids) if len(ids) > 1 else ids[0] if ids else None
 
 
-def _save_tokenizer(model: Model, folder: epath.Path) -> None:
+def _save_tokenizer(model: Stored, folder: epath.Path) -> None:
     """Our vocabulary files, and under the names transformers looks for where it can read such a vocabulary.
 
     Character and byte vocabularies have no Hugging Face form that reads our ids: `load` reads
@@ -207,6 +226,7 @@ def _save_tokenizer(model: Model, folder: epath.Path) -> None:
     """
     vocabulary = model.vocabulary
     assert vocabulary is not None
+    assert model.ids is not None
     vocabulary.save(folder)
     settings: dict[str, Any] = {"extra_ids": vocabulary.extra_ids}
     if isinstance(vocabulary, SentencePieceVocabulary):
