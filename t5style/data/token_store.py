@@ -280,11 +280,11 @@ class _FeatureWriter:
         self.pieces: list[np.ndarray] = []
         self.ends = array.array("q")  # 8 bytes for each example, where a list of ints takes 36
 
-    def add(self, tokens: np.ndarray, num_bytes: int) -> None:
-        self.pieces.append(np.asarray(tokens, self.dtype))
+    def add(self, tokens: np.ndarray, lengths: np.ndarray, num_bytes: int) -> None:
+        self.pieces.append(tokens.astype(self.dtype))
+        self.ends.frombytes((self.written + self.buffered + np.cumsum(lengths, dtype=np.int64)).tobytes())
         self.buffered += len(tokens)
         self.bytes += num_bytes
-        self.ends.append(self.written + self.buffered)
         if self.buffered >= SHARD_TOKENS:
             self._flush(whole_shards=True)
 
@@ -360,17 +360,43 @@ class TokenStoreWriter:
         num_bytes: Mapping[str, int] | None = None,
     ) -> None:
         """Adds one example: for each feature its token ids [length] and the bytes of text they stand for."""
+        ids = {feature: np.asarray(tokens[feature], np.int64) for feature in self.features}
+        self.add_many(split, ids, {f: np.array([len(values)]) for f, values in ids.items()}, num_bytes)
+
+    def add_many(
+        self,
+        split: str,
+        tokens: Mapping[str, np.ndarray],
+        lengths: Mapping[str, np.ndarray],
+        num_bytes: Mapping[str, int] | None = None,
+    ) -> None:
+        """Adds examples: for each feature all their token ids, one example after the other, the examples'
+        lengths (int [examples]), and the bytes of text of all of them together.
+
+        Raises ValueError for ids that the vocabulary does not have.
+        """
         self.add_split(split)
+        count = len(lengths[self.features[0]])
         for feature in self.features:
-            ids = np.asarray(tokens[feature], np.int64)
+            ids = tokens[feature]
             if len(ids) and (ids.min() < 0 or ids.max() >= self.vocabulary.vocab_size):
-                raise ValueError(
-                    f"Example {self._examples[split]} of split {split!r}, feature {feature!r} has token id "
-                    f"{int(ids.max() if ids.min() >= 0 else ids.min())}; the vocabulary has "
-                    f"{self.vocabulary.vocab_size}."
+                place = int(np.flatnonzero((ids < 0) | (ids >= self.vocabulary.vocab_size))[0])
+                example = self._examples[split] + int(
+                    np.searchsorted(np.cumsum(lengths[feature]), place, "right")
                 )
-            self._writers[split][feature].add(ids, (num_bytes or {}).get(feature, 0))
-        self._examples[split] += 1
+                raise ValueError(
+                    f"Example {example} of split {split!r}, feature {feature!r} has token id "
+                    f"{int(ids[place])}; "
+                    f"the vocabulary has {self.vocabulary.vocab_size}."
+                )
+            if len(lengths[feature]) != count or lengths[feature].sum() != len(ids):
+                raise ValueError(
+                    f"Split {split!r}, feature {feature!r}: {len(lengths[feature])} lengths of "
+                    f"{lengths[feature].sum()} tokens in all were given with {len(ids)} tokens of {count} "
+                    f"examples."
+                )
+            self._writers[split][feature].add(ids, lengths[feature], (num_bytes or {}).get(feature, 0))
+        self._examples[split] += count
 
     def close(self) -> None:
         """Finishes the store; `manifest` is what `store.json` then holds."""

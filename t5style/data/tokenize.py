@@ -158,21 +158,17 @@ class Tokenize:
         chunks = _chunks(read_documents(folder))
         with console.progress(f"tokenize {split}", None, unit="docs") as bar:
             for encoded in self._encoded(folder, chunks, wanted):
-                for example in encoded:
-                    documents += 1
-                    if isinstance(example, str):
-                        skipped[example] += 1
-                        continue
-                    tokens, num_bytes, source = example
-                    writer.add(split, tokens, num_bytes)
-                    sources[source] += 1
-                    examples += 1
-                bar.advance(len(encoded))
+                writer.add_many(split, encoded.tokens, encoded.lengths, encoded.num_bytes)
+                documents += encoded.documents
+                examples += encoded.sources.total()
+                skipped += encoded.skipped
+                sources += encoded.sources
+                bar.advance(encoded.documents)
         return {"documents": documents, "examples": examples, "skipped": dict(skipped)}
 
     def _encoded(
         self, folder: epath.Path, chunks: Iterator[list[Document]], wanted: set[str] | None
-    ) -> Iterator[list[_Encoded]]:
+    ) -> Iterator[_Encoded]:
         """The chunks' examples, in order, however many processes make them."""
         work = functools.partial(
             _encode_chunk,
@@ -192,7 +188,7 @@ class Tokenize:
         # Spawned, not forked: a fork of a process with threads (TensorStore's) may hang.
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-            pending: collections.deque[concurrent.futures.Future[list[_Encoded]]] = collections.deque()
+            pending: collections.deque[concurrent.futures.Future[_Encoded]] = collections.deque()
             for chunk in chunks:
                 pending.append(pool.submit(work, chunk))
                 if len(pending) > 2 * workers:  # bounds what is in memory
@@ -201,8 +197,18 @@ class Tokenize:
                 yield pending.popleft().result()
 
 
-# Tokens and bytes of text for each feature, and the source; or the reason why there are none.
-_Encoded = tuple[dict[str, np.ndarray], dict[str, int], str] | str
+@dataclasses.dataclass(frozen=True)
+class _Encoded:
+    """A chunk's examples: for each feature its tokens, flat int32, the examples' lengths, and the bytes of
+    text; and how many examples each source gave, and documents each reason cost.
+    """
+
+    tokens: dict[str, np.ndarray]
+    lengths: dict[str, np.ndarray]
+    num_bytes: dict[str, int]
+    sources: collections.Counter[str]
+    skipped: collections.Counter[str]
+    documents: int
 
 
 def template_fields(template: str) -> list[str]:
@@ -239,36 +245,36 @@ def _encode_chunk(
     max_tokens: Mapping[str, int],
     append_eos: bool,
     sources: set[str] | None,
-) -> list[_Encoded]:
+) -> _Encoded:
     """One chunk's examples; runs in a worker process, which loads the vocabulary once."""
     loaded = _vocabulary(vocabulary)
-    results: list[_Encoded] = []
-    texts: list[str] = []
-    kept: list[tuple[int, str]] = []
+    kept: collections.Counter[str] = collections.Counter()
+    skipped: collections.Counter[str] = collections.Counter()
+    columns: list[list[str]] = []
     for document in documents:
-        rendered = (
-            "source not asked for"
-            if sources and document.source not in sources
-            else _render(document, features)
-        )
+        if sources is not None and document.source not in sources:
+            skipped["source not asked for"] += 1
+            continue
+        rendered = _render(document, features)
         if isinstance(rendered, str):
-            results.append(rendered)
+            skipped[rendered] += 1
         else:
-            kept.append((len(results), document.source))
-            results.append("")
-            texts.extend(rendered)
-    encoded = loaded.encode_batch(texts) if texts else []
+            kept[document.source] += 1
+            columns.append(rendered)
     end = np.array([loaded.eos_id] if append_eos else [], np.int32)
-    for number, (place, source) in enumerate(kept):
-        tokens, num_bytes = {}, {}
-        for column, feature in enumerate(features):
-            index = number * len(features) + column
-            limit = max_tokens.get(feature)
-            ids = encoded[index] if limit is None else encoded[index][: limit - len(end)]
-            tokens[feature] = np.concatenate([ids, end])
-            num_bytes[feature] = len(texts[index].encode("utf-8", "replace"))
-        results[place] = (tokens, num_bytes, source)
-    return results
+    tokens, lengths, num_bytes = {}, {}, {}
+    for feature, texts in zip(
+        features, zip(*columns, strict=True) if columns else [()] * len(features), strict=True
+    ):
+        limit = max_tokens.get(feature)
+        encoded = loaded.encode_batch(texts)
+        if limit is not None:
+            encoded = [ids[: limit - len(end)] for ids in encoded]
+        pieces = [part for ids in encoded for part in (ids, end)]
+        tokens[feature] = np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
+        lengths[feature] = np.array([len(ids) + len(end) for ids in encoded], np.int64)
+        num_bytes[feature] = sum(len(text.encode("utf-8", "replace")) for text in texts)
+    return _Encoded(tokens, lengths, num_bytes, kept, skipped, len(documents))
 
 
 def _render(document: Document, features: Mapping[str, str]) -> list[str] | str:

@@ -179,3 +179,14 @@ def test_ids_outside_the_vocabulary_are_refused(tmp_path: pathlib.Path, token: i
         ValueError, match=rf"Example 0 of split 'train'.* token id {token}; the vocabulary has 384"
     ):
         writer.add("train", {"text": [5, token]})
+
+
+def test_batches_of_examples_are_checked(tmp_path: pathlib.Path) -> None:
+    writer = TokenStoreWriter(tmp_path / "s", ["text"], ByteVocabulary())
+    writer.add("train", {"text": [4]})
+    with pytest.raises(ValueError, match="Example 3 of split 'train', feature 'text' has token id 900"):
+        writer.add_many("train", {"text": np.array([5, 6, 7, 900, 8])}, {"text": np.array([2, 0, 3])})
+    with pytest.raises(
+        ValueError, match=r"2 lengths of 4 tokens in all were given with 5 tokens of 2 examples"
+    ):
+        writer.add_many("train", {"text": np.array([5, 6, 7, 9, 8])}, {"text": np.array([2, 2])})
