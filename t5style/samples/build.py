@@ -136,6 +136,7 @@ def _page(text: str, id: str, source: str, url: str, license: str, language: str
 _SKIPPED_TAGS = {"script", "style", "svg", "button", "img", "form"}
 _SKIPPED_CLASSES = {"headerlink", "permalink", "toplang", "bottomlang", "top", "related", "contents"}
 _SKIPPED_IDS = {"quickview", "topic", "contents"}
+_TIGHT = {"li", "tr", "dt", "dd"}  # no blank line around
 _BLOCKS = {
     "address", "article", "blockquote", "dd", "div", "dl", "dt", "figure", "h1", "h2", "h3", "h4", "h5",
     "h6", "hr", "li", "ol", "p", "pre", "section", "table", "tbody", "thead", "tr", "ul",
@@ -154,8 +155,10 @@ def html_text(element: Any) -> str:
 
     def finish(gap: bool) -> None:
         text = re.sub(r"\s+", " ", "".join(line)).strip()
+        if text == "-":  # an item's mark waits for its text
+            return
         line.clear()
-        if text and text != "-":
+        if text:
             blocks.append(text)
         if gap and blocks and blocks[-1]:
             blocks.append("")
@@ -175,11 +178,12 @@ def html_text(element: Any) -> str:
             blocks.extend((node.text_content().strip("\n"), ""))
             return
         block = tag in _BLOCKS
-        tight = tag in ("li", "tr", "dt", "dd")
+        parent = node.getparent()
+        tight = tag in _TIGHT or (tag == "p" and parent is not None and parent.tag in _TIGHT)
         if block:
             finish(gap=not tight)
         if tag == "li":
-            line.append("- ")
+            line[:] = ["- "]
         line.append(node.text or "")
         for child in node:
             walk(child)
@@ -190,6 +194,8 @@ def html_text(element: Any) -> str:
             line.append(child.tail or "")
         if block:
             finish(gap=not tight)
+        if tag == "li":
+            line.clear()
 
     walk(element)
     finish(gap=False)
