@@ -41,7 +41,11 @@ class Checkpointer:
     """
 
     def __init__(
-        self, folder: epath.PathLike, keep: int = 3, keep_every: int | None = None, best_metric: str | None = None
+        self,
+        folder: epath.PathLike,
+        keep: int = 3,
+        keep_every: int | None = None,
+        best_metric: str | None = None,
     ) -> None:
         self.folder = epath.Path(folder)
         policies: list[Any] = [managers.LatestN(keep)]
@@ -332,20 +336,26 @@ def find(path: epath.PathLike) -> epath.Path:
     if (given / STATE).is_dir():
         problem = check(given)
         if problem:
-            raise run_dir.UserError(f"checkpoint {given} is damaged: {problem}. Choose another step of that run.")
+            raise run_dir.UserError(
+                f"checkpoint {given} is damaged: {problem}. Choose another step of that run."
+            )
         return given
     for folder in (given / "checkpoints", given):
         for step in sorted(all_steps(folder), reverse=True):
             problem = check(folder / str(step))
             if problem is None:
                 return folder / str(step)
-            console.say(f"WARNING: checkpoint {folder / str(step)} is damaged ({problem}); trying an older one.")
+            console.say(
+                f"WARNING: checkpoint {folder / str(step)} is damaged ({problem}); trying an older one."
+            )
     raise run_dir.UserError(
         f"there is no checkpoint in {given}: give a run folder, its checkpoints folder, or one checkpoints/<step>."
     )
 
 
-def restore_params(path: epath.PathLike, shardings: Any = None, dtype: Any = None, abstract: Any = None) -> Any:
+def restore_params(
+    path: epath.PathLike, shardings: Any = None, dtype: Any = None, abstract: Any = None
+) -> Any:
     """Only the parameters of a checkpoint (see `find` for what `path` may be): a nested dict of arrays.
 
     Args:

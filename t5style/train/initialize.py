@@ -16,7 +16,17 @@ from t5style.train import checkpoint
 
 # Fields that say how a model is computed or drawn, not what its parameters mean.
 _FREE_FIELDS = frozenset(
-    {"dtype", "param_dtype", "dropout", "attention", "scan_layers", "remat", "precision", "init", "init_scale"}
+    {
+        "dtype",
+        "param_dtype",
+        "dropout",
+        "attention",
+        "scan_layers",
+        "remat",
+        "precision",
+        "init",
+        "init_scale",
+    }
 )
 
 

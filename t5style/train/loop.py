@@ -139,7 +139,8 @@ class Loop:
                 try:
                     return self._session(state, progress, stop)
                 except _Rollback as error:
-                    bad = error.with_traceback(None)  # which would keep the bad state alive during the restore
+                    # The traceback would keep the bad state alive during the restore.
+                    bad = error.with_traceback(None)
                 finally:
                     self.goodput.write(self.run, self.first, self.done)
                 state = None
@@ -323,7 +324,9 @@ class _Reader:
             )
         self.progress.skipped += 1
         self.bad_in_a_row += 1
-        console.say(f"WARNING: loss or gradient not finite at step {step}, batch {batch}; the update is skipped")
+        console.say(
+            f"WARNING: loss or gradient not finite at step {step}, batch {batch}; the update is skipped"
+        )
         if self.bad_in_a_row >= MAX_BAD:
             raise run_dir.UserError(
                 f"{MAX_BAD} updates in a row were not finite, the last at step {step}, batch {batch}; {kept}. "

@@ -51,7 +51,9 @@ class Optimizer:
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"Optimizer.{field} is {getattr(self, field)}; it must lie in [0, 1).")
         if self.clip_norm is not None and self.clip_norm <= 0:
-            raise ValueError(f"Optimizer.clip_norm is {self.clip_norm}; it must be above 0, or None for no clipping.")
+            raise ValueError(
+                f"Optimizer.clip_norm is {self.clip_norm}; it must be above 0, or None for no clipping."
+            )
         if self.weight_decay < 0:
             raise ValueError(f"Optimizer.weight_decay is {self.weight_decay}; it must be 0 or more.")
 

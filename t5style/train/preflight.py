@@ -14,6 +14,7 @@ from t5style import console, run_dir
 from t5style.corpus.vocabulary import Vocabulary
 from t5style.data.objectives import DECODER_ONLY, CausalLM
 from t5style.data.pipeline import BatchSource
+from t5style.data.replay import UNLEARNED, Segment, describe
 from t5style.data.task import Task
 from t5style.data.token_store import TokenStore
 from t5style.models.config import TransformerConfig
@@ -22,7 +23,8 @@ from t5style.parallel.explain import format_bytes
 # Stores up to this size are read whole and their checksums compared; larger ones are checked for their files' sizes
 # (and every chunk's CRC is checked when it is read in any case).
 VERIFY_BYTES = 1 << 30
-EXAMPLES = 2  # rows shown for each task
+EXAMPLES = 2  # shown for each task
+SHOWN_CHARACTERS = 400  # of each text
 PROBED_ROWS = 16  # rows looked at for each task
 
 
@@ -64,7 +66,9 @@ def verify_stores(tasks: Sequence[Task]) -> list[str]:
         size = sum(entry["bytes"] for entry in store.manifest["files"].values())
         if size <= VERIFY_BYTES:
             TokenStore.open(folder, verify=True)
-            lines.append(f"{folder}: {format_bytes(size)}, every checksum right (fingerprint {store.fingerprint})")
+            lines.append(
+                f"{folder}: {format_bytes(size)}, every checksum right (fingerprint {store.fingerprint})"
+            )
         else:
             lines.append(
                 f"{folder}: {format_bytes(size)}, file sizes right, chunks are checked as they are read "
@@ -117,7 +121,7 @@ def probe(
         "positions_per_row": {side: source.lengths[side] for side in filled},
         "examples_per_epoch": source.examples_per_epoch,
         "statistics": source.statistics[task.name],
-        "examples": describe(batch, source.vocabulary, rows=EXAMPLES),
+        "examples": [dataclasses.asdict(segment) for segment in describe(batch, source.vocabulary, range(EXAMPLES))],
     }
 
 
@@ -151,7 +155,8 @@ def preflight(
     rates = [source.statistics[task["task"]]["rate"] for task in tasks]
     positions = sum(source.lengths.values())
     filled = [
-        sum(task["filled"][side] * source.lengths[side] for side in task["filled"]) / positions for task in tasks
+        sum(task["filled"][side] * source.lengths[side] for side in task["filled"]) / positions
+        for task in tasks
     ]
     mean_filled = float(np.dot(rates, filled))
     rows_per_epoch = source.batches_per_epoch * source.batch_size
@@ -178,7 +183,9 @@ def preflight(
     console.say(text)
     if run_dir.is_main_process():
         run_dir.atomic_write(run.path / "preflight.txt", text + "\n")
-        run_dir.atomic_write(run.path / "preflight.json", json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
+        run_dir.atomic_write(
+            run.path / "preflight.json", json.dumps(figures, indent=1, ensure_ascii=False) + "\n"
+        )
     return figures
 
 
@@ -205,23 +212,23 @@ def _text(figures: Mapping[str, Any], source: BatchSource) -> str:
             f"  task       {task['task']} ({task['objective']}): {task['supervised']:.1%} of the decoder's tokens are "
             f"supervised; rows filled: {filled}"
         )
-        lines += ["             " + line for line in task["examples"].splitlines()]
+        for example in task["examples"][:EXAMPLES]:
+            lines += ["             " + line for line in _shown(Segment(**example))]
+    lines.append(f"  (in the examples, what the loss does not look at stands between {UNLEARNED[0]} and {UNLEARNED[1]})")
     return "\n".join(lines)
 
 
-def describe(batch: Mapping[str, np.ndarray], vocabulary: Vocabulary, rows: int) -> str:
-    """The first examples of a batch as text; what is learned stands between [[ and ]]."""
+def _shown(segment: Segment) -> list[str]:
+    """One example in a few lines; what is not learned stands between the marks of `data.replay`."""
     lines = []
-    for row in range(min(rows, len(batch["decoder_target_tokens"]))):
-        if "encoder_input_tokens" in batch:
-            own = batch["encoder_segment_ids"][row] == 1
-            lines.append(f"row {row} reads: {vocabulary.decode(batch['encoder_input_tokens'][row][own])!r}")
-        own = batch["decoder_segment_ids"][row] == 1
-        tokens, weights = batch["decoder_target_tokens"][row][own], batch["decoder_loss_weights"][row][own] > 0
-        cuts = np.flatnonzero(np.diff(weights)) + 1
-        text = ""
-        for part, kept in zip(np.split(tokens, cuts), np.split(weights, cuts), strict=True):
-            piece = vocabulary.decode(part)
-            text += f"[[{piece}]]" if len(kept) and kept[0] else piece
-        lines.append(f"row {row} says: {text!r}")
-    return "\n".join(lines)
+    if segment.inputs is not None:
+        lines.append(f"reads {segment.input_tokens} tokens: {_cut(segment.inputs)!r}")
+    lines.append(
+        f"says {segment.target_tokens} tokens, {segment.learned_tokens} of them learned: {_cut(segment.targets)!r}"
+    )
+    return lines
+
+
+def _cut(text: str) -> str:
+    half = SHOWN_CHARACTERS // 2
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:half]} ... {text[-half:]}"

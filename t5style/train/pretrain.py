@@ -101,7 +101,14 @@ class Pretrain:
 
     distributed: ClassVar[bool] = True
     # A run may be made longer, and be watched otherwise, without starting over.
-    may_change: ClassVar[tuple[str, ...]] = ("steps", "on_nan", "eval_tasks", "eval_split", "eval_every", "eval_batches")
+    may_change: ClassVar[tuple[str, ...]] = (
+        "steps",
+        "on_nan",
+        "eval_tasks",
+        "eval_split",
+        "eval_every",
+        "eval_batches",
+    )
 
     def __post_init__(self) -> None:
         self.options()
@@ -207,7 +214,13 @@ class Pretrain:
         mesh = self.mesh.build()
         rules.check_batch(self.batch_size, mesh, self.accumulation)
         source = BatchSource(
-            self.task, self.split, self.batch_size, self._lengths(), self.model.architecture, self.seed, self.pack
+            self.task,
+            self.split,
+            self.batch_size,
+            self._lengths(),
+            self.model.architecture,
+            self.seed,
+            self.pack,
         )
         preflight.check_vocabulary(self.model, source.vocabulary, source.tasks[0].store)
         keeper = checkpoint.Checkpointer(
@@ -265,9 +278,7 @@ class Pretrain:
         state = state_lib.init_state(self.model, self._optimizer, mesh, self.rules, self.seed)
         return state, Progress(), f"random parameters, seed {self.seed}"
 
-    def _check_same_run(
-        self, run: run_dir.RunDir, metadata: Mapping[str, Any], source: BatchSource
-    ) -> None:
+    def _check_same_run(self, run: run_dir.RunDir, metadata: Mapping[str, Any], source: BatchSource) -> None:
         for name, theirs, ours in (
             ("data", metadata["data_fingerprint"], source.fingerprint),
             ("seed", metadata["seed"], self.seed),
@@ -337,7 +348,14 @@ class Pretrain:
         rules.check_batch(rows, mesh)
         sources = {
             task.name: BatchSource(
-                task, self.eval_split, rows, self._lengths(), self.model.architecture, self.seed, self.pack, False
+                task,
+                self.eval_split,
+                rows,
+                self._lengths(),
+                self.model.architecture,
+                self.seed,
+                self.pack,
+                False,
             )
             for task in (self.eval_tasks if self.eval_tasks is not None else _tasks(self.task))
         }

@@ -46,7 +46,9 @@ class Schedule:
         if self.warmup_steps < 0:
             raise ValueError(f"Schedule.warmup_steps is {self.warmup_steps}; it must be 0 or more.")
         if not 0 <= self.final_fraction <= 1:
-            raise ValueError(f"Schedule.final_fraction is {self.final_fraction}; it must lie between 0 and 1.")
+            raise ValueError(
+                f"Schedule.final_fraction is {self.final_fraction}; it must lie between 0 and 1."
+            )
         if not 0 < self.decay_fraction <= 1:
             raise ValueError(f"Schedule.decay_fraction is {self.decay_fraction}; it must lie in (0, 1].")
         if self.timescale < 1:

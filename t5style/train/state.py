@@ -80,7 +80,9 @@ def state_shardings(
 def with_shardings(abstract: Any, shardings: Any) -> Any:
     """The ShapeDtypeStructs with their shardings in them: what a checkpoint is restored onto."""
     return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract,
+        shardings,
     )
 
 
