@@ -76,7 +76,10 @@ def curves(series: Mapping[str, Series], y: str, height: int = 340) -> Figure:
             trace["line"] = {"color": color, "width": 2, "dash": "dot"}
             trace["marker"] = {"size": 8, "symbol": SYMBOLS[index % len(SYMBOLS)]}
         traces.append(trace)
-    more = {"showlegend": len(traces) > 1, "margin": {"l": 56, "r": 16, "t": 34 if len(traces) > 1 else 12, "b": 44}}
+    more = {
+        "showlegend": len(traces) > 1,
+        "margin": {"l": 56, "r": 16, "t": 34 if len(traces) > 1 else 12, "b": 44},
+    }
     return {"data": traces, "layout": layout("step", y, height, **more)}
 
 
@@ -94,5 +97,8 @@ def intervals(rows: Sequence[tuple[str, float, float]], x: str) -> Figure:
         }
         for index, (name, value, error) in enumerate(rows)
     ]  # fmt: skip
-    more = {"hovermode": "closest", "yaxis": axis("", autorange="reversed", type="category", categoryarray=names)}
+    more = {
+        "hovermode": "closest",
+        "yaxis": axis("", autorange="reversed", type="category", categoryarray=names),
+    }
     return {"data": traces, "layout": layout(x, "", 60 + 34 * len(rows), **more)}

@@ -12,7 +12,7 @@ from t5style.run_dir import UserError
 FORMAT = 1  # of results.json; its layout is told in t5style/evaluate/results.py
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte"})
 REAL = 2.0  # standard errors from zero at which a difference is called real
-SAMPLES = 12  # of each task
+SAMPLES = 8  # of each task
 # How the two models are called; baselines have names of their own.
 SYSTEMS = {"model": "this model", "reference": "before tuning"}
 
@@ -38,14 +38,23 @@ def evaluations(stage: Stage, figures: dict[str, charts.Figure]) -> list[dict[st
         places = []
         for name in headline(names):
             rows = [
-                (SYSTEMS.get(system, label(system)), values[name]["value"], values[name]["standard_error"] or 0.0)
+                (
+                    SYSTEMS.get(system, label(system)),
+                    values[name]["value"],
+                    values[name]["standard_error"] or 0.0,
+                )
                 for system, values in systems.items()
                 if name in values
             ]
             if len(rows) > 1:
                 identity = f"{stage.name}-{task}-{name}"
                 figures[identity] = charts.intervals(rows, label(name))
-                places.append((identity, f"{label(name)} ({'lower' if name in LOWER_IS_BETTER else 'higher'} is better)"))
+                places.append(
+                    (
+                        identity,
+                        f"{label(name)} ({'lower' if name in LOWER_IS_BETTER else 'higher'} is better)",
+                    )
+                )
         entries = [values[name] for values in systems.values() for name in values]
         parts.append(
             {
@@ -61,7 +70,9 @@ def evaluations(stage: Stage, figures: dict[str, charts.Figure]) -> list[dict[st
                     {
                         "name": SYSTEMS.get(system, label(system)),
                         "cells": [
-                            (values[name]["value"], values[name]["standard_error"]) if name in values else None
+                            (values[name]["value"], values[name]["standard_error"])
+                            if name in values
+                            else None
                             for name in names
                         ],
                     }

@@ -38,7 +38,9 @@ class Report:
 
     def __post_init__(self) -> None:
         if not self.stages:
-            raise ValueError("Report.stages is empty: name the run folders to report, as {'corpus': 'run:corpus'}")
+            raise ValueError(
+                "Report.stages is empty: name the run folders to report, as {'corpus': 'run:corpus'}"
+            )
 
     def inputs(self) -> list[str]:
         return list(self.stages.values())
@@ -66,7 +68,13 @@ def render(title: str, summary: str, stages: list[Stage]) -> str:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"number": number, "size": size, "duration": console.duration, "percent": percent, "error": error}
+    environment.filters |= {
+        "number": number,
+        "size": size,
+        "duration": console.duration,
+        "percent": percent,
+        "error": error,
+    }
     template = environment.from_string(resources.files("t5style.report").joinpath(TEMPLATE).read_text())
     context = sections.build(stages)
     charts = context.pop("charts")

@@ -12,13 +12,25 @@ from t5style.report.stage import Stage
 from t5style.run_dir import RunDir
 
 CONFIG = "config.gin"
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece", "tensorstore")
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "numpy",
+    "sentencepiece",
+    "tensorstore",
+)
 
 
 def build(stages: list[Stage]) -> dict[str, Any]:
     """Everything the template shows; under 'charts', the Plotly figures by the id of their place."""
     figures: dict[str, charts.Figure] = {}
-    run = stages[0].folder.parent  # where the stages of one workflow lie, with the run's own lineage and config
+    run = stages[
+        0
+    ].folder.parent  # where the stages of one workflow lie, with the run's own lineage and config
     return {
         "tiles": tiles(stages),
         "stages": [summary(stage) for stage in stages],
@@ -46,12 +58,21 @@ def tiles(stages: list[Stage]) -> list[tuple[str, str]]:
             found.append((f"{stage.figures['vocab_size']:,}", "ids in the vocabulary"))
     trained = [stage for stage in stages if stage.metrics]
     if trained and isinstance(parameters := trained[0].figures.get("parameters"), int):
-        found.append((f"{parameters / 1e6:.3g} M", "parameters"))
+        found.append((rounded(parameters), "parameters"))
     for stage in trained:
         tokens = stage.series("train/tokens")[1]
         if tokens:
-            found.append((f"{tokens[-1] / 1e6:.3g} M", f"tokens read: {stage.name}"))
+            found.append((rounded(tokens[-1]), f"tokens read: {stage.name}"))
     return found
+
+
+def rounded(count: float) -> str:
+    """1234567 -> 1.23 M."""
+    for unit in ("", " k", " M", " B"):
+        if count < 1000 or unit == " B":
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    raise AssertionError("unreachable")
 
 
 def summary(stage: Stage) -> dict[str, Any]:
@@ -73,7 +94,11 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
             rows += flat(value, f"{name} / ")
-        elif value is None or isinstance(value, int | float | bool) or (isinstance(value, str) and len(value) < 80):
+        elif (
+            value is None
+            or isinstance(value, int | float | bool)
+            or (isinstance(value, str) and len(value) < 80)
+        ):
             rows.append((name.replace("_", " "), value))
     return rows
 
@@ -151,7 +176,9 @@ def training(stage: Stage, figures: dict[str, charts.Figure]) -> dict[str, Any] 
     ):
         series = stage.series(name)
         if series[0]:
-            place(name.rsplit("/", 1)[-1], title, "narrow", charts.curves({title: series}, title.lower(), 230))
+            place(
+                name.rsplit("/", 1)[-1], title, "narrow", charts.curves({title: series}, title.lower(), 230)
+            )
     last = {name: stage.series(name) for name in stage.metric_names}
     return {
         "stage": stage.name,
@@ -201,7 +228,12 @@ def goodput(stage: Stage) -> dict[str, Any] | None:
             seconds[name] = seconds.get(name, 0.0) + value
     total = sum(seconds.values()) or 1.0
     rows = sorted(((name, value, value / total) for name, value in seconds.items()), key=lambda row: -row[1])
-    return {"rows": rows, "sessions": len(sessions), "devices": sessions[-1].get("devices", ""), "total": total}
+    return {
+        "rows": rows,
+        "sessions": len(sessions),
+        "devices": sessions[-1].get("devices", ""),
+        "total": total,
+    }
 
 
 def lineage(stages: list[Stage], folder: epath.Path) -> dict[str, Any]:
@@ -225,7 +257,8 @@ def lineage(stages: list[Stage], folder: epath.Path) -> dict[str, Any]:
         "code": run.get("code", {}),
         "packages": [(name, packages[name]) for name in PACKAGES if name in packages],
         "stages": [
-            (stage.name, stage.manifest.get("fingerprint", ""), stage.manifest.get("inputs") or {}) for stage in stages
+            (stage.name, stage.manifest.get("fingerprint", ""), stage.manifest.get("inputs") or {})
+            for stage in stages
         ],
     }
 
@@ -238,7 +271,9 @@ def tree(config: Any, depth: int = 0) -> str:
             return str(config["__name__"])
         name = str(config.get("__class__", "")).rsplit(".", 1)[-1]
         lines = [
-            f"{indent}  {key} = {tree(value, depth + 1)}" for key, value in config.items() if key != "__class__"
+            f"{indent}  {key} = {tree(value, depth + 1)}"
+            for key, value in config.items()
+            if key != "__class__"
         ]
         return f"{name}(\n" + "\n".join(lines) + f"\n{indent})" if lines else f"{name}()"
     if isinstance(config, list) and any(isinstance(item, Mapping | list) for item in config):

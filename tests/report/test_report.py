@@ -112,7 +112,10 @@ def stages(tmp_path):
                     writer.write(step, {"train/loss": 7 * math.exp(-step / 40) + 2, "train/accuracy": step / 300,
                                         "train/learning_rate": 1e-3, "train/tokens": 1000.0 * step})  # fmt: skip
                     if step % 25 == 0:
-                        writer.write(step, {"eval/text/loss": 7 * math.exp(-step / 40) + 2.2, "eval/text/accuracy": 0.2})
+                        writer.write(
+                            step,
+                            {"eval/text/loss": 7 * math.exp(-step / 40) + 2.2, "eval/text/accuracy": 0.2},
+                        )
                 writer.write(101, {"train/loss": math.nan})
         if name == "evaluation":
             rows = [
@@ -174,11 +177,11 @@ def test_page_tells_what_the_stages_found(stages, tmp_path):
     for expected in (
         "A &lt;tiny&gt; run", "100 documents were read and 90 kept", "2 files or lines could not be read",
         "A &lt;b&gt;source&lt;/b&gt;", "PSF-2.0", "exact duplicate", "3.25", "1.23 M", "2 + 2 layers", "abc123",
-        "with 1 file changed since", "jax 0.10.2", "&lt;i&gt;an object&lt;/i&gt;", "babble 3", "answer 11", "run:corpus",
+        "with 1 file changed since", "jax 0.10.2", "&lt;i&gt;an object&lt;/i&gt;", "babble 3", "answer 7", "run:corpus",
         "1.61", "± 0.02", "RUN_DIR = &#39;runs/x&#39;", "In the beginning &lt;extra_id_0&gt;",
     ):  # fmt: skip
         assert expected in visible, expected
-    assert "answer 12" not in visible  # twelve samples, no more
+    assert "answer 8" not in visible  # eight samples, no more
     assert "zzz" not in visible
     assert "75.0%" not in visible and "75.0 %" in visible  # 75 of 100 seconds stepping, over both starts
 
@@ -217,13 +220,21 @@ def test_number(value, text):
     assert report.number(value) == text
 
 
-@pytest.mark.parametrize(("value", "text"), [(12, "12 bytes"), (1234, "1.23 kB"), (5.5e12, "5.5 TB"), (9e15, "9e+03 TB")])
+@pytest.mark.parametrize(
+    ("value", "text"), [(12, "12 bytes"), (1234, "1.23 kB"), (5.5e12, "5.5 TB"), (9e15, "9e+03 TB")]
+)
 def test_size(value, text):
     assert report.size(value) == text
 
 
 def test_configuration_as_text():
-    config = {"__class__": "a.b.Job", "steps": 3, "f": {"__name__": "m.rouge"}, "tasks": [{"__class__": "T"}], "x": []}
+    config = {
+        "__class__": "a.b.Job",
+        "steps": 3,
+        "f": {"__name__": "m.rouge"},
+        "tasks": [{"__class__": "T"}],
+        "x": [],
+    }
     assert sections.tree(config) == "Job(\n  steps = 3\n  f = m.rouge\n  tasks = [\n    T()\n  ]\n  x = []\n)"
 
 
