@@ -138,6 +138,15 @@ def test_there_are_gin_files_and_the_quickstart_is_one():
     assert len(FILES) > 10
 
 
+def test_planning_the_quickstart_loads_neither_tensorflow_nor_torch_nor_transformers(tmp_path):
+    planned = helpers.run_main(
+        "--gin_file=experiments/quickstart.gin", f"--gin.RUN_DIR={tmp_path}/run", "--dry_run"
+    )
+    assert planned.returncode == 0, planned.output
+    assert planned.loaded() == []
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_plain_install_takes_every_folder_of_gin_files_along():
     settings = tomllib.loads((helpers.ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
         "data-files"
