@@ -30,8 +30,6 @@ FILES = sorted(
 # Values for what the user must give. Strings as on the command line.
 SAMPLES = {
     "RUN_DIR": "runs/test",
-    "STORE": "runs/tokens",
-    "SUPERVISED_STORE": "runs/questions",
     "TEXT_FILES": "['text.txt']",
     "STORE": "'tokens'",
     "SUPERVISED_STORE": "'pairs'",
