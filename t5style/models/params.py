@@ -14,7 +14,8 @@ from t5style.nn.stack import unstack
 def _boxed(config: TransformerConfig, key: jax.Array) -> Any:
     tokens = jnp.zeros((1, 1), jnp.int32)
     encoder_tokens = tokens if config.encoder_layers else None
-    return Transformer(config).init(key, tokens, encoder_tokens)["params"]
+    # Scanned, whatever the config says: unrolling 32 layers here traces for seconds, and the parameters are the same.
+    return Transformer(config.replace(scan_layers=True)).init(key, tokens, encoder_tokens)["params"]
 
 
 def init_params(config: TransformerConfig, key: jax.Array) -> Any:

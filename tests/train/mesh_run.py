@@ -1,7 +1,7 @@
 """A few training steps of a small model on a given mesh: the tests run it in one process and in several.
 
-As a script: `mesh_run.py ARCHITECTURE SIZES STEPS OUT`, sizes as in `data=2,fsdp=4`, joins the processes of its environment
-and lets process 0 write the losses to OUT as JSON.
+As a script: `mesh_run.py ARCHITECTURE SIZES STEPS OUT`, sizes as in `data=2,fsdp=4`, joins the processes of
+its environment and lets process 0 write the losses to OUT as JSON.
 """
 
 import functools
@@ -34,6 +34,8 @@ MODELS = {
         encoder_layers=2,
         decoder_layers=2,
         dtype="float32",
+        scan_layers=True,
+        attention="reference",
     ),
     # Grouped-query attention, tied embeddings.
     "decoder_only": TransformerConfig(
@@ -51,12 +53,14 @@ MODELS = {
         init="normal",
         init_scale=0.05,
         dtype="float32",
+        scan_layers=True,
+        attention="reference",
     ),
 }
 
 
 def batch_at(n: int, shard: int, shards: int, architecture: str) -> dict[str, np.ndarray]:
-    """Rows of batch n for one of `shards` readers: random tokens, two packed examples and padding in a row."""
+    """Rows of batch n for one of `shards` readers: random tokens, two packed examples and padding."""
     rng = np.random.default_rng(n)
     batch = {}
     for side in ("encoder", "decoder") if architecture == "encoder_decoder" else ("decoder",):

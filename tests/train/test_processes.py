@@ -1,0 +1,31 @@
+"""Two processes of four devices each train as one process of eight does."""
+
+import io
+import json
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+
+from t5style.parallel import local
+from t5style.parallel.mesh import MeshConfig
+from tests.train.mesh_run import MODELS, train
+
+SCRIPT = pathlib.Path(__file__).with_name("mesh_run.py")
+
+
+# Two of the data × fsdp positions are each process's own; with tensor 8 both processes read the same rows.
+@pytest.mark.parametrize(
+    ("architecture", "sizes"),
+    [("decoder_only", {"data": 2, "fsdp": 2, "tensor": 2}), ("encoder_decoder", {"data": 1, "tensor": 8})],
+)
+def test_two_processes_equal_one(tmp_path, architecture, sizes):
+    out, said = tmp_path / "losses.json", io.BytesIO()
+    given = ",".join(f"{axis}={size}" for axis, size in sizes.items())
+    command = [sys.executable, str(SCRIPT), architecture, given, "3", str(out)]
+    assert local.run(command, processes=2, devices=4, out=said) == 0, said.getvalue().decode()
+    result = json.loads(out.read_text())
+    assert result["processes"] == 2
+    one, _ = train(MODELS[architecture], MeshConfig(**sizes), 3)
+    np.testing.assert_allclose(result["losses"], one, rtol=1e-5)
