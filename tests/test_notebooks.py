@@ -19,9 +19,15 @@ FOLDER = pathlib.Path(__file__).parents[1] / "notebooks"
 
 def workflow(text, encoder_layers):
     model = TransformerConfig(
-        vocab_size=512, d_model=16, d_ff=32, num_heads=2, encoder_layers=encoder_layers, decoder_layers=2,
-        positions="relative_bias" if encoder_layers else "rope", dtype="float32",
-    )  # fmt: skip
+        vocab_size=512,
+        d_model=16,
+        d_ff=32,
+        num_heads=2,
+        encoder_layers=encoder_layers,
+        decoder_layers=2,
+        positions="relative_bias" if encoder_layers else "rope",
+        dtype="float32",
+    )
     objective = objectives.SpanCorruption() if encoder_layers else objectives.CausalLM()
     common = {
         "model": model,
@@ -44,7 +50,9 @@ def workflow(text, encoder_layers):
             "pairs": tokenize.Tokenize(features={"inputs": "number {id}:", "targets": "{text}"}, workers=1),
             "pretrained": pretrain.Pretrain(task=task.Task("text", "run:text", objective), **common),
             "tuned": supervised.Finetune(
-                task=task.Task("pairs", "run:pairs", objectives.Supervised()), init_from="run:pretrained", **common
+                task=task.Task("pairs", "run:pairs", objectives.Supervised()),
+                init_from="run:pretrained",
+                **common,
             ),
         }
     )
@@ -53,7 +61,10 @@ def workflow(text, encoder_layers):
 @pytest.mark.parametrize("encoder_layers", [2, 0], ids=["encoder_decoder", "decoder_only"])
 def test_first_look(encoder_layers, tmp_path, monkeypatch):
     text = tmp_path / "text.jsonl"
-    lines = [f'{{"id": "{i}", "text": "The {i}th line tells of {i * i} small things in a row."}}\n' for i in range(60)]
+    lines = [
+        f'{{"id": "{i}", "text": "The {i}th line tells of {i * i} small things in a row."}}\n'
+        for i in range(60)
+    ]
     text.write_text("".join(lines))
     launch.run(workflow(text, encoder_layers), str(tmp_path / "run"))
     notebook = nbformat.read(FOLDER / "first_look.ipynb", as_version=4)

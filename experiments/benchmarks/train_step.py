@@ -3,14 +3,15 @@
     python experiments/benchmarks/train_step.py                       # both workloads, f32 and bf16
     python experiments/benchmarks/train_step.py --workload=t5 --dtype=f32 --rounds=5
 
-Each contestant lives in a process of its own (this script again, with ``--worker``): it builds the model, warms up and then
-runs a few steps whenever it is asked.  The parent asks them in turn, A B C A B C ..., so that whatever else the machine does
-falls on all of them alike; the processes that are not being asked sleep.  Reported per step: the median wall time, the median
-CPU time, and the peak resident memory while stepping.  A ratio above 1 means that ours is the better one.
+Each contestant lives in a process of its own (this script again, with `--worker`): it builds the model,
+warms up and then runs a few steps whenever it is asked. The parent asks them in turn, A B C A B C ..., so
+that whatever else the machine does falls on all of them alike; the processes that are not being asked sleep.
+Reported per step: the median wall time, the median CPU time, and the peak resident memory while stepping. A
+ratio above 1 means that ours is better.
 
-PyTorch runs with ``OMP_WAIT_POLICY=PASSIVE``: otherwise its idle threads spin and their spinning counts as CPU time.
-Dropout is off, the optimiser is AdamW (PyTorch's fused one), every token is real, and bf16 means bf16 arithmetic over f32
-parameters (``torch.autocast``).
+PyTorch runs with `OMP_WAIT_POLICY=PASSIVE`: otherwise its idle threads spin and their spinning counts as CPU
+time. Dropout is off, the optimiser is AdamW (PyTorch's fused one), every token is real, and bf16 means bf16
+arithmetic over f32 parameters (`torch.autocast`).
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Workload:
     encoder_length: int = 0
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Random token ids: ``targets`` and ``decoder`` [batch, decoder_length], ``encoder`` [batch, encoder_length]."""
+        """Ids: `targets`, `decoder` int32 [batch, decoder_length]; `encoder` [batch, encoder_length]."""
         generator = np.random.default_rng(0)
         targets = generator.integers(3, self.vocab_size, (self.batch, self.decoder_length), dtype=np.int32)
         decoder = np.roll(targets, 1, axis=1)
@@ -70,6 +71,7 @@ WORKLOADS = {
     # For the script's own test: seconds instead of minutes.
     "tiny": Workload("tiny LLaMA-style, batch 2 x 16", False, 64, 32, 64, 2, 16, 2, 2, 16),
 }
+DTYPES = ("f32", "bf16")
 CONTESTANTS = ("ours", "torch-eager", "torch-compiled")
 LEARNING_RATE = 1e-4
 
@@ -86,11 +88,20 @@ def torch_step(workload: Workload, dtype: str, threads: int, compiled: bool) -> 
     if w.encoder_decoder:
         model = transformers.T5ForConditionalGeneration(
             transformers.T5Config(
-                vocab_size=w.vocab_size, d_model=w.d_model, d_ff=w.d_ff, d_kv=w.head_dim, num_heads=w.num_heads,
-                num_layers=w.layers, num_decoder_layers=w.layers, feed_forward_proj="gated-gelu",
-                tie_word_embeddings=False, dropout_rate=0.0, use_cache=False, decoder_start_token_id=0,
+                vocab_size=w.vocab_size,
+                d_model=w.d_model,
+                d_ff=w.d_ff,
+                d_kv=w.head_dim,
+                num_heads=w.num_heads,
+                num_layers=w.layers,
+                num_decoder_layers=w.layers,
+                feed_forward_proj="gated-gelu",
+                tie_word_embeddings=False,
+                dropout_rate=0.0,
+                use_cache=False,
+                decoder_start_token_id=0,
             )
-        )  # fmt: skip
+        )
         inputs = {
             "input_ids": arrays["encoder"],
             "decoder_input_ids": arrays["decoder"],
@@ -99,11 +110,16 @@ def torch_step(workload: Workload, dtype: str, threads: int, compiled: bool) -> 
     else:
         model = transformers.LlamaForCausalLM(
             transformers.LlamaConfig(
-                vocab_size=w.vocab_size, hidden_size=w.d_model, intermediate_size=w.d_ff, num_hidden_layers=w.layers,
-                num_attention_heads=w.num_heads, max_position_embeddings=w.decoder_length, use_cache=False,
+                vocab_size=w.vocab_size,
+                hidden_size=w.d_model,
+                intermediate_size=w.d_ff,
+                num_hidden_layers=w.layers,
+                num_attention_heads=w.num_heads,
+                max_position_embeddings=w.decoder_length,
+                use_cache=False,
                 tie_word_embeddings=False,
             )
-        )  # fmt: skip
+        )
         inputs = {"input_ids": arrays["decoder"], "labels": arrays["decoder"]}  # shifted inside by one
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, fused=True)
@@ -141,10 +157,16 @@ def our_step(workload: Workload, dtype: str, threads: int) -> Callable[[], float
         else {"activations": ("silu", "linear"), "positions": "rope", "scale_attention": True}
     )
     config = TransformerConfig(
-        vocab_size=w.vocab_size, d_model=w.d_model, d_ff=w.d_ff, num_heads=w.num_heads, head_dim=w.head_dim,
-        decoder_layers=w.layers, encoder_layers=w.layers if w.encoder_decoder else 0,
-        dtype="bfloat16" if dtype == "bf16" else "float32", **family,
-    )  # fmt: skip
+        vocab_size=w.vocab_size,
+        d_model=w.d_model,
+        d_ff=w.d_ff,
+        num_heads=w.num_heads,
+        head_dim=w.head_dim,
+        decoder_layers=w.layers,
+        encoder_layers=w.layers if w.encoder_decoder else 0,
+        dtype="bfloat16" if dtype == "bf16" else "float32",
+        **family,
+    )
     arrays = w.arrays()
     batch = {
         "decoder_input_tokens": arrays["decoder"],
@@ -195,7 +217,9 @@ def peak_bytes() -> int:
 
 
 def work(contestant: str, workload: Workload, dtype: str, threads: int) -> None:
-    """A worker: says when it is ready, then answers every line of standard input, a number of steps, with its record."""
+    """A worker: says when it is ready, then answers every line of its input, a number of steps, with a
+    record.
+    """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints must not be taken for an answer
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])  # XLA sizes its thread pool by this
@@ -228,10 +252,19 @@ class Worker:
             environment["XLA_FLAGS"] = extra
         self.name = contestant
         self.process = subprocess.Popen(
-            [sys.executable, __file__, f"--worker={contestant}", f"--workload={workload}", f"--dtype={dtype}",
-             f"--threads={threads}"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
-        )  # fmt: skip
+            [
+                sys.executable,
+                __file__,
+                f"--worker={contestant}",
+                f"--workload={workload}",
+                f"--dtype={dtype}",
+                f"--threads={threads}",
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
         self.records: list[dict[str, float]] = []
         self.ready = self.answer()
 
@@ -268,8 +301,11 @@ def race(
         for contestant in contestants:
             workers.append(Worker(contestant, workload, dtype, threads))
             ready = workers[-1].ready
-            print(f"  {contestant}: ready after {ready['ready']:.0f} s, losses {ready['losses'][0]:.3f} -> "
-                  f"{ready['losses'][-1]:.3f}", flush=True)  # fmt: skip
+            print(
+                f"  {contestant}: ready after {ready['ready']:.0f} s, losses {ready['losses'][0]:.3f} -> "
+                f"{ready['losses'][-1]:.3f}",
+                flush=True,
+            )
         for _ in range(rounds):
             for worker in workers:
                 worker.steps(steps)
@@ -298,8 +334,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workload", choices=sorted(WORKLOADS), action="append")
-    parser.add_argument("--dtype", choices=["f32", "bf16"], action="append")
+    parser.add_argument("--workload", choices=sorted(WORKLOADS), help="llama and t5 if not given")
+    parser.add_argument("--dtype", choices=DTYPES, help="both if not given")
     parser.add_argument("--contestant", choices=CONTESTANTS, action="append")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
@@ -310,7 +346,7 @@ def main() -> None:
     parser.add_argument("--worker", choices=CONTESTANTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        work(args.worker, WORKLOADS[args.workload[0]], args.dtype[0], args.threads)
+        work(args.worker, WORKLOADS[args.workload], args.dtype, args.threads)
         return
     contestants = args.contestant or list(CONTESTANTS)
     try:
@@ -320,14 +356,12 @@ def main() -> None:
         print(f"PyTorch {torch.__version__}, transformers {transformers.__version__}")
     except ImportError as problem:
         skipped = [name for name in contestants if name != "ours"]
-        print(
-            f"skipping {', '.join(skipped) or 'nothing'}: {problem}. `pip install torch transformers` adds them."
-        )
+        print(f"skipping {', '.join(skipped) or 'nothing'}: {problem}. `pip install -e '.[parity]'` adds it.")
         contestants = [name for name in contestants if name == "ours"]
     found = [
         race(workload, dtype, contestants, args.rounds, args.steps, args.threads)
-        for workload in args.workload or ["llama", "t5"]
-        for dtype in args.dtype or ["f32", "bf16"]
+        for workload in ([args.workload] if args.workload else ["llama", "t5"])
+        for dtype in ([args.dtype] if args.dtype else DTYPES)
     ]
     if args.json:
         args.json.write_text(json.dumps(found, indent=2) + "\n")

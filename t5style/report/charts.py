@@ -1,4 +1,6 @@
-"""Charts as plain Plotly figures. Colours are names of CSS variables ("var:--c1"), which the page fills in for its theme."""
+"""Charts as plain Plotly figures. Colours are names of CSS variables ("var:--c1"), which the page fills in
+for its theme.
+"""
 
 from __future__ import annotations
 
@@ -62,15 +64,22 @@ def layout(x: str, y: str, height: int, **more: Any) -> dict[str, Any]:
 
 
 def curves(series: Mapping[str, Series], y: str, height: int = 340) -> Figure:
-    """Lines over steps. The first is what happens at every step (thin, no markers), the others are measured now and then."""
+    """Lines over steps. The first is what happens at every step (thin, no markers), the others are measured
+    now and then.
+    """
     traces = []
     for index, (name, (steps, values)) in enumerate(series.items()):
         x, smooth = thin(steps, values)
         color = COLORS[index % len(COLORS)]
         trace: dict[str, Any] = {
-            "type": "scatter", "name": name, "x": x, "y": plain(smooth), "mode": "lines",
-            "line": {"color": color, "width": 1.6}, "hovertemplate": "%{y:.4g}",
-        }  # fmt: skip
+            "type": "scatter",
+            "name": name,
+            "x": x,
+            "y": plain(smooth),
+            "mode": "lines",
+            "line": {"color": color, "width": 1.6},
+            "hovertemplate": "%{y:.4g}",
+        }
         if index:
             trace["mode"] = "lines+markers"
             trace["line"] = {"color": color, "width": 2, "dash": "dot"}
@@ -84,19 +93,33 @@ def curves(series: Mapping[str, Series], y: str, height: int = 340) -> Figure:
 
 
 def intervals(rows: Sequence[tuple[str, float, float]], x: str) -> Figure:
-    """A dot and two standard errors to either side for each (name, value, standard error); the first row stands out."""
+    """A dot and two standard errors to either side for each (name, value, standard error); the first row
+    stands out.
+    """
     names = [name for name, _, _ in rows]
     traces = [
         {
-            "type": "scatter", "mode": "markers", "x": plain([value]), "y": [name], "showlegend": False,
-            "marker": {"size": 11 if index == 0 else 9, "color": COLORS[0] if index == 0 else "var:--ink3",
-                       "symbol": "circle" if index == 0 else "diamond"},
-            "error_x": {"type": "data", "array": plain([2 * error]), "thickness": 1.8, "width": 5,
-                        "color": COLORS[0] if index == 0 else "var:--ink3"},
+            "type": "scatter",
+            "mode": "markers",
+            "x": plain([value]),
+            "y": [name],
+            "showlegend": False,
+            "marker": {
+                "size": 11 if index == 0 else 9,
+                "color": COLORS[0] if index == 0 else "var:--ink3",
+                "symbol": "circle" if index == 0 else "diamond",
+            },
+            "error_x": {
+                "type": "data",
+                "array": plain([2 * error]),
+                "thickness": 1.8,
+                "width": 5,
+                "color": COLORS[0] if index == 0 else "var:--ink3",
+            },
             "hovertemplate": f"%{{x:.4g}} ± {error:.2g} (standard error)<extra>{name}</extra>",
         }
         for index, (name, value, error) in enumerate(rows)
-    ]  # fmt: skip
+    ]
     more = {
         "hovermode": "closest",
         "yaxis": axis("", autorange="reversed", type="category", categoryarray=names),

@@ -1,4 +1,4 @@
-"""The evaluation's part of the report, from the results.json and samples.jsonl of an evaluation's run folder."""
+"""The evaluation's part of the report, from results.json and samples.jsonl of an evaluation's run folder."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def evaluations(stage: Stage, figures: dict[str, charts.Figure]) -> list[dict[st
         return []
     if document.get("format") != FORMAT:
         raise UserError(
-            f"{stage.folder / 'results.json'} has format {document.get('format')!r} and this report reads {FORMAT}: "
-            "evaluate again with this version"
+            f"{stage.folder / 'results.json'} has format {document.get('format')!r} and this report reads "
+            f"{FORMAT}: evaluate again with this version"
         )
     parts = []
     for task, report in document["tasks"].items():
@@ -60,8 +60,9 @@ def evaluations(stage: Stage, figures: dict[str, charts.Figure]) -> list[dict[st
             {
                 "title": f"{stage.name}: {label(task)}, split {document['split']}",
                 "note": (
-                    f"{report['examples']:,} examples, {report['tokens']:,} target tokens, {report['bytes']:,} bytes of "
-                    f"target text; {report['cut']:,} examples cut and {report['dropped']:,} dropped for their length. "
+                    f"{report['examples']:,} examples, {report['tokens']:,} target tokens, "
+                    f"{report['bytes']:,} bytes of target text; {report['cut']:,} examples cut and "
+                    f"{report['dropped']:,} dropped for their length. "
                     f"n = {max((entry['n'] for entry in entries), default=0):,} for every figure"
                     + ("." if len({entry["n"] for entry in entries}) == 1 else " at most.")
                 ),

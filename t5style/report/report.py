@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs nothing else, made from what the stages left in their folders."""
+"""The report of a run: one HTML file that needs nothing else, made from what the stages left behind."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Report:
 
     Attributes:
       title: the page's heading.
-      stages: name -> run folder, in the order to tell them, as {'corpus': 'run:corpus', 'pretrained': ...}. What a
-        stage contributes follows from the files it has: data_card.json, metrics.jsonl, results.json, samples ...
+      stages: name -> run folder, in the order to tell them, as {'corpus': 'run:corpus', 'tuned': ...}. What a
+        stage contributes follows from the files it has: data_card.json, metrics.jsonl, results.json ...
       summary: a sentence or two under the heading; may be empty.
     """
 

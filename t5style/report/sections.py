@@ -204,7 +204,8 @@ def sentence(stage: Stage) -> str:
     parameters = stage.figures.get("parameters")
     count = f"{parameters:,} parameters, " if isinstance(parameters, int) else ""
     return (
-        f"{kind}, {count}{layers}, width {model['d_model']}, MLP {model['d_ff']} ({' × '.join(model['activations'])}), "
+        f"{kind}, {count}{layers}, width {model['d_model']}, MLP {model['d_ff']} "
+        f"({' × '.join(model['activations'])}), "
         f"{model['num_heads']} heads, {model['positions'].replace('_', ' ')} positions, vocabulary "
         f"{model['vocab_size']:,}, {model['dtype']} arithmetic over {model['param_dtype']} parameters."
     )

