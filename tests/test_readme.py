@@ -1,4 +1,4 @@
-"""Every command in the README is known here and is executed, shortened only by settings on the command line."""
+"""Every command of the README is known here and is executed, shortened only by settings on its line."""
 
 import os
 import pathlib
