@@ -393,8 +393,11 @@ def restore_params(
 
 def _saved_tree(path: epath.Path) -> Any:
     """Names, shapes and dtypes in a checkpoint: nested dicts and lists with metadata leaves."""
-    with ocp.StandardCheckpointer() as reader:
-        return reader.metadata(path / STATE).item_metadata.tree
+    handler = ocp.StandardCheckpointHandler()  # the checkpointer around it warns of a file that items do not have
+    try:
+        return handler.metadata(path / STATE).tree
+    finally:
+        handler.close()
 
 
 def _compare(path: epath.Path, expected: Any, saved: Any) -> None:

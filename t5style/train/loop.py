@@ -141,8 +141,13 @@ class Loop:
                 except _Rollback as error:
                     # The traceback would keep the bad state alive during the restore.
                     bad = error.with_traceback(None)
+                except Exception:
+                    with contextlib.suppress(run_dir.UserError):  # a save under way still gets finished
+                        self.checkpointer.close()
+                    raise
                 finally:
-                    self.goodput.write(self.run, self.first, self.done)
+                    with contextlib.suppress(OSError):  # a full disk has been told of by then
+                        self.goodput.write(self.run, self.first, self.done)
                 state = None
                 state, progress = self._roll_back(bad, rollbacks)
 
@@ -175,7 +180,8 @@ class Loop:
         pending: collections.deque[tuple[int, Any]] = collections.deque()
         saved = done if done in all_steps(self.checkpointer.folder) else -1
         with contextlib.ExitStack() as stack:
-            writer = stack.enter_context(contextlib.closing(self.run.metrics(resume_step=done)))
+            writer = _Metrics(self.run, done)
+            stack.callback(writer.close)
             bar = stack.enter_context(
                 console.progress("training", total=options.steps, unit="steps", start=done)
             )
@@ -241,6 +247,36 @@ class Loop:
             )
 
 
+class _Metrics:
+    """The run's metrics writer, with a full disk told in words."""
+
+    def __init__(self, run: run_dir.RunDir, step: int) -> None:
+        self._run, self._step = run, step
+        with self._told():
+            self._writer = run.metrics(resume_step=step)
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise run_dir.UserError(
+                f"metrics of step {self._step} could not be written to {self._run.path}: {error.strerror or error}. "
+                "The checkpoints are as they were; make room and run the same command to go on."
+            ) from error
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """See MetricsWriter.write. Raises UserError where the disk is full."""
+        self._step = step
+        with self._told():
+            self._writer.write(step, values)
+
+    def close(self) -> None:
+        """See MetricsWriter.close."""
+        with self._told():
+            self._writer.close()
+
+
 class _Rollback(Exception):
     def __init__(self, step: int, batch: int) -> None:
         super().__init__(f"loss or gradient not finite at step {step}, batch {batch}")
@@ -250,7 +286,7 @@ class _Rollback(Exception):
 class _Reader:
     """Reads metrics late, sums them over a window, writes a line at multiples of log_every, and minds NaN."""
 
-    def __init__(self, loop: Loop, progress: Progress, writer: run_dir.MetricsWriter, bar: Any) -> None:
+    def __init__(self, loop: Loop, progress: Progress, writer: _Metrics, bar: Any) -> None:
         self.loop, self.progress, self.writer, self.bar = loop, progress, writer, bar
         self.bad_in_a_row = 0
         self._clock = self._busy()
@@ -314,6 +350,7 @@ class _Reader:
         policy = self.loop.options.on_nan
         if policy == "rollback":
             raise _Rollback(step, batch)
+        self.loop.checkpointer.wait()
         good = sorted(all_steps(self.loop.checkpointer.folder))
         kept = f"the last good checkpoint is step {good[-1]}" if good else "there is no checkpoint yet"
         if policy == "stop":
