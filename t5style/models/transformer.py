@@ -122,7 +122,7 @@ class Stack(nn.Module):
             layers=self.layers_count,
             keys=keys,
             policy=c.remat,
-            scan=platform.scan_layers() if c.scan_layers is None else c.scan_layers,
+            scan=platform.scan_layers(remat=c.remat != "none") if c.scan_layers is None else c.scan_layers,
         )
         return self.dropout(self.final_norm(x), deterministic=deterministic)
 

@@ -25,13 +25,14 @@ def flatten_tokens() -> bool:
     return platform() == "cpu"
 
 
-def scan_layers() -> bool:
+def scan_layers(*, remat: bool) -> bool:
     """Whether layers are scanned when the config leaves it open.
 
-    Accelerators: yes, compile time must not grow with depth. CPU: no, a loop costs 9 to 29 % there (copies in and out of
-    its state).
+    Accelerators: yes, compile time must not grow with depth. CPU: no, a loop costs 9 to 29 % there (copies in and out
+    of its state); but yes with rematerialisation, because XLA's CPU scheduler runs an unrolled recomputation early and
+    then saves no memory (measured: 10.5 MB against 10.8 MB without; in a scan 3.9 against 20.5 MB).
     """
-    return platform() != "cpu"
+    return platform() != "cpu" or remat
 
 
 def attention_implementation(*, dropout: bool) -> str:

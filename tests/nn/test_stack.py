@@ -1,0 +1,89 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.ad_checkpoint import checkpoint_name
+
+from t5style.models.config import REMATS
+from t5style.nn.stack import run_layers, stack, unstack
+
+LAYERS, WIDTH = 4, 16
+
+
+def layer(params, x, key):
+    hidden = jnp.tanh(checkpoint_name(x @ params["up"], "query"))
+    if key is not None:
+        hidden = hidden * jax.random.bernoulli(key, 0.5, hidden.shape)
+    return x + jnp.sin(hidden) @ params["down"]
+
+
+@pytest.fixture(scope="module")
+def params():
+    keys = jax.random.split(jax.random.key(0))
+    return {
+        "up": jax.random.normal(keys[0], (LAYERS, WIDTH, 4 * WIDTH)) * 0.2,
+        "down": jax.random.normal(keys[1], (LAYERS, 4 * WIDTH, WIDTH)) * 0.2,
+    }
+
+
+def loss(params, x, keys, policy, scan):
+    out = run_layers(layer, params, x, layers=LAYERS, keys=keys, policy=policy, scan=scan)
+    return (out**2).sum()
+
+
+plain_gradients = jax.jit(functools.partial(jax.grad(loss), policy="none", scan=False))
+
+
+@pytest.mark.parametrize("policy", REMATS)
+@pytest.mark.parametrize("scan", [True, False])
+def test_scan_and_remat_change_no_value(params, policy, scan):
+    x = jax.random.normal(jax.random.key(1), (8, WIDTH))
+    keys = jax.random.split(jax.random.key(2), LAYERS)
+    want = x
+    for i in range(LAYERS):
+        want = layer(jax.tree.map(lambda leaf, i=i: leaf[i], params), want, keys[i])
+    value, gradients = jax.jit(functools.partial(jax.value_and_grad(loss), policy=policy, scan=scan))(
+        params, x, keys
+    )
+    np.testing.assert_allclose(value, (want**2).sum(), rtol=1e-5)
+    plain = plain_gradients(params, x, keys)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), gradients, plain)
+
+
+def _compiled(params, policy, scan):
+    step = jax.jit(functools.partial(jax.grad(loss), policy=policy, scan=scan))
+    return step.lower(params, jnp.ones((4096, WIDTH)), None).compile()
+
+
+def test_remat_saves_memory_in_a_scan(params):
+    none, qkv, full = (
+        _compiled(params, policy, True).memory_analysis().temp_size_in_bytes
+        for policy in ("none", "qkv", "full")
+    )
+    assert full < 0.5 * qkv < 0.5 * none
+
+
+def test_remat_recomputes_when_unrolled(params):
+    # XLA must not merge the second computation with the first.
+    none, full = (_compiled(params, policy, False).as_text().count(" tanh(") for policy in ("none", "full"))
+    assert full == 2 * none
+
+
+def test_unstack_is_undone_by_stack_and_has_its_gradient(params):
+    parts = unstack(params, LAYERS)
+    assert len(parts) == LAYERS
+    assert parts[2]["up"].shape == (WIDTH, 4 * WIDTH)
+    np.testing.assert_array_equal(parts[2]["up"], params["up"][2])
+    jax.tree.map(np.testing.assert_array_equal, stack(parts), params)
+    gradient = jax.grad(
+        lambda p: sum((i + 1) * part["up"].sum() for i, part in enumerate(unstack(p, LAYERS)))
+    )(params)
+    np.testing.assert_array_equal(gradient["up"][:, 0, 0], [1, 2, 3, 4])
+
+
+def test_a_tuple_of_layers_is_run_as_it_is(params):
+    x = jnp.ones((2, WIDTH))
+    run = functools.partial(run_layers, layer, carry=x, layers=LAYERS, keys=None, policy="none", scan=True)
+    np.testing.assert_allclose(run(params=unstack(params, LAYERS)), run(params=params), rtol=1e-5)
