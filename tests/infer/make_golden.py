@@ -92,7 +92,9 @@ def expected(model: Any) -> dict[str, np.ndarray]:
             input_ids=tokens, attention_mask=torch.tensor(given["left"]), max_new_tokens=NEW, do_sample=False
         ).numpy()
     answer = answer[:, 1:] if model.config.is_encoder_decoder else answer[:, tokens.shape[1] :]
-    result["greedy"] = np.pad(answer, ((0, 0), (0, NEW - answer.shape[1])))  # generate stops when all rows have
+    result["greedy"] = np.pad(
+        answer, ((0, 0), (0, NEW - answer.shape[1]))
+    )  # generate stops when all rows have
     return result
 
 
