@@ -1,14 +1,15 @@
 """Checkpoints: saved asynchronously with Orbax, checked when read, restored onto any mesh.
 
-A checkpoint is the folder `<checkpoints>/<step>`: `state` (Orbax: step, params, opt_state), `metadata` (JSON: what the
-run must know to go on) and `seal-*.json` (size and CRC-32 of every file). Orbax writes under a temporary name and
-renames, so a killed save leaves no half checkpoint under a step's name. The seals are ours: Orbax verifies its index but
-not its data (a flipped bit in an array of floats restores without complaint), so each file is summed once it is
-committed and compared before it is believed.
+A checkpoint is the folder `<checkpoints>/<step>`: `state` (Orbax: step, params, opt_state), `metadata` (JSON:
+what the run must know to go on) and `seal-*.json` (size and CRC-32 of every file). Orbax writes under a
+temporary name and renames, so a killed save leaves no half checkpoint under a step's name. The seals are
+ours: Orbax verifies its index but not its data (a flipped bit in an array of floats restores without
+complaint), so each file is summed once it is committed and compared before it is believed.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
 import zlib
@@ -159,11 +160,12 @@ class Checkpointer:
     def restore_latest(self, abstract_state: Any) -> tuple[Any, dict[str, Any]] | None:
         """The newest checkpoint that is whole, as (state, metadata); None if there is none.
 
-        A checkpoint that is damaged is renamed to `<step>.corrupt` and the one before it is tried; the console says
-        so. Nothing is deleted.
+        A checkpoint that is damaged is renamed to `<step>.corrupt` and the one before it is tried; the
+        console says so. Nothing is deleted.
 
         Args:
-          abstract_state: ShapeDtypeStructs with shardings: the mesh restored to, which need not be the one saved from.
+          abstract_state: ShapeDtypeStructs with shardings: the mesh restored to, which need not be the one
+            saved from.
 
         Raises:
           UserError: the checkpoint is of another architecture or optimiser; or all of them are damaged.
@@ -173,7 +175,7 @@ class Checkpointer:
             console.say(f"checkpoint {leftover}: its save was never finished; it is ignored")
         for step in steps:
             path = self.folder / str(step)
-            problem = _agree(lambda path=path: check(path))
+            problem = _agree(functools.partial(check, path))
             if problem is None:
                 try:
                     return restore(path, abstract_state)
@@ -216,8 +218,10 @@ class _Told:
         space = "" if free is None else f" ({free / 1e6:,.1f} MB are free there)"
         kept = f"the last good checkpoint is step {good[-1]}" if good else "there is no earlier checkpoint"
         raise run_dir.UserError(
-            f"the checkpoint of step {self.step} could not be written to {folder}{space}: {_first_line(error)}. "
-            f"Nothing else was touched: {kept}. Make room (or fix the cause) and run the same command to go on."
+            f"the checkpoint of step {self.step} could not be written to {folder}{space}: "
+            f"{_first_line(error)}. "
+            f"Nothing else was touched: {kept}. Make room (or fix the cause) and run the same command to go "
+            "on."
         ) from error
 
 
@@ -242,7 +246,8 @@ def unfinished(folder: epath.PathLike) -> list[str]:
 
 
 def _committed(step_folder: epath.Path) -> bool:
-    # A rename is the commit; the file is one more sign, written by object-store protocols and by recent versions.
+    # A rename is the commit; the file is one more sign, written by object-store protocols and by recent
+    # versions.
     return (step_folder / "_CHECKPOINT_METADATA").exists()
 
 
@@ -288,7 +293,9 @@ def _files(folder: epath.Path, prefix: str = "") -> list[str]:
 
 
 def _sum(path: epath.Path) -> list[int]:
-    """[bytes, CRC-32] of a file. CRC-32 runs at 3 GB/s a core here; it guards against accidents, not malice."""
+    """[bytes, CRC-32] of a file. CRC-32 runs at 3 GB/s a core here; it guards against accidents, not
+    malice.
+    """
     size, crc = 0, 0
     with path.open("rb") as stream:
         while block := stream.read(1 << 22):
@@ -349,7 +356,8 @@ def find(path: epath.PathLike) -> epath.Path:
                 f"WARNING: checkpoint {folder / str(step)} is damaged ({problem}); trying an older one."
             )
     raise run_dir.UserError(
-        f"there is no checkpoint in {given}: give a run folder, its checkpoints folder, or one checkpoints/<step>."
+        f"there is no checkpoint in {given}: give a run folder, its checkpoints folder, or one "
+        "checkpoints/<step>."
     )
 
 
@@ -393,7 +401,8 @@ def restore_params(
 
 def _saved_tree(path: epath.Path) -> Any:
     """Names, shapes and dtypes in a checkpoint: nested dicts and lists with metadata leaves."""
-    handler = ocp.StandardCheckpointHandler()  # the checkpointer around it warns of a file that items do not have
+    # The handler itself: the checkpointer around it warns of a file that items do not have.
+    handler = ocp.StandardCheckpointHandler()
     try:
         return handler.metadata(path / STATE).tree
     finally:
@@ -413,14 +422,18 @@ def _compare(path: epath.Path, expected: Any, saved: Any) -> None:
             theirs = f"shape {have[name]}" if name in have else "no such parameter"
             ours = f"shape {want[name]}" if name in want else "no such parameter"
             raise run_dir.UserError(
-                f"checkpoint {path} is of another architecture: at {name} it has {theirs}, this model {ours}. "
-                "Use the model settings it was trained with (model.json in its run folder), or another run folder."
+                f"checkpoint {path} is of another architecture: at {name} it has {theirs}, this model "
+                f"{ours}. "
+                "Use the model settings it was trained with (model.json in its run folder), or another run "
+                "folder."
             )
     for name in [*want, *have]:
         if want.get(name) != have.get(name):
             raise run_dir.UserError(
-                f"checkpoint {path} was trained with another optimiser: at {name} it has {have.get(name, 'nothing')}, "
-                f"this run {want.get(name, 'nothing')}. Keep the optimiser, or start a new run with init_from."
+                f"checkpoint {path} was trained with another optimiser: at {name} it has "
+                f"{have.get(name, 'nothing')}, "
+                f"this run {want.get(name, 'nothing')}. Keep the optimiser, or start a new run with "
+                "init_from."
             )
 
 

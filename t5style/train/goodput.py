@@ -12,8 +12,9 @@ import jax
 
 from t5style import run_dir
 
-# Peak dense bf16 FLOP/s of one jax device, by the start of its device_kind. Sources: Google Cloud's "TPU architecture"
-# pages (a v2 or v3 chip is two jax devices, and so is a TPU7x chip) and NVIDIA's data sheets (without sparsity).
+# Peak dense bf16 FLOP/s of one jax device, by the start of its device_kind. Sources: Google Cloud's "TPU
+# architecture" pages (a v2 or v3 chip is two jax devices, and so is a TPU7x chip) and NVIDIA's data sheets
+# (without sparsity).
 PEAK_FLOPS: dict[str, float] = {
     "TPU v2": 45e12 / 2,
     "TPU v3": 123e12 / 2,
@@ -42,7 +43,9 @@ def peak_flops(device: Any) -> float | None:
 
 
 def mfu(flops_per_second: float, devices: Any) -> float | None:
-    """Model FLOP utilisation (Chowdhery et al. 2022, PaLM, appendix B): the model's own FLOP/s over the peak."""
+    """Model FLOP utilisation (Chowdhery et al. 2022, PaLM, appendix B): the model's own FLOP/s over the
+    peak.
+    """
     peak = peak_flops(next(iter(devices)))
     return None if peak is None else flops_per_second / (peak * len(devices))
 
@@ -50,7 +53,8 @@ def mfu(flops_per_second: float, devices: Any) -> float | None:
 class Goodput:
     """Seconds by what they were spent on; nested categories do not count twice.
 
-    Categories: 'start' (building, restoring, preflight), 'compile', 'data_wait', 'step', 'checkpoint', 'evaluate'.
+    Categories: 'start' (building, restoring, preflight), 'compile', 'data_wait', 'step', 'checkpoint',
+      'evaluate'.
     """
 
     def __init__(self) -> None:
@@ -82,7 +86,9 @@ class Goodput:
         return dict(self.seconds)
 
     def fractions(self) -> dict[str, float]:
-        """'goodput': share of all time spent stepping; 'data_wait': share of the training time spent waiting for data."""
+        """'goodput': share of all time spent stepping; 'data_wait': share of the training time spent waiting
+        for data.
+        """
         seconds = self.snapshot()
         total = sum(seconds.values())
         step, data = seconds.get("step", 0.0), seconds.get("data_wait", 0.0)

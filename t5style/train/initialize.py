@@ -55,12 +55,14 @@ def load_params(
     """Parameters from `path`: a run folder, a checkpoint of one, or a Hugging Face directory.
 
     Raises:
-      UserError: nothing there, another architecture, or another vocabulary; the sentence names the first difference.
+      UserError: nothing there, another architecture, or another vocabulary; the sentence names the first
+        difference.
     """
     folder = epath.Path(path)
     if not folder.exists():
         raise run_dir.UserError(
-            f"init_from is {path}, but there is nothing there: give a run folder, a checkpoint, or a Hugging Face "
+            f"init_from is {path}, but there is nothing there: give a run folder, a checkpoint, or a "
+            "Hugging Face "
             "directory."
         )
     if (folder / "config.json").exists():
@@ -93,7 +95,8 @@ def _from_huggingface(folder: epath.Path, config: TransformerConfig, abstract_pa
     for name in [*want, *have]:
         if want.get(name) != have.get(name):
             raise run_dir.UserError(
-                f"init_from {folder} is of another architecture: at {name} it has {have.get(name, 'nothing')}, this "
+                f"init_from {folder} is of another architecture: at {name} it has "
+                f"{have.get(name, 'nothing')}, this "
                 f"model {want.get(name, 'nothing')}. Give the model the settings of {folder / 'config.json'}."
             )
     return Start(params, f"the Hugging Face model {folder}", {"parent": str(folder)})
@@ -110,6 +113,7 @@ def _same_model(saved: TransformerConfig, ours: TransformerConfig, where: str) -
     for name, value in mine.items():
         if name not in _FREE_FIELDS and theirs[name] != value:
             raise run_dir.UserError(
-                f"init_from {where} is of another architecture: its {name} is {theirs[name]!r}, this model's is "
+                f"init_from {where} is of another architecture: its {name} is {theirs[name]!r}, this "
+                "model's is "
                 f"{value!r}. Give the model the settings it was trained with."
             )

@@ -1,11 +1,12 @@
 """The loop that all training shares: step, log, evaluate, checkpoint, and survive.
 
-Two things make it exact. The batch of a step is a pure function of its number, so a resumed run asks for batch n and
-gets it. And the sums of a logging window that a checkpoint cuts in two travel in the checkpoint's metadata, so that a
-resumed run writes the same figures.
+Two things make it exact. The batch of a step is a pure function of its number, so a resumed run asks for
+batch n and gets it. And the sums of a logging window that a checkpoint cuts in two travel in the checkpoint's
+metadata, so that a resumed run writes the same figures.
 
-Two things keep the device busy. Steps are dispatched ahead and their metrics read `IN_FLIGHT` steps later; and nothing
-in the hot loop moves an array but by an explicit call (`jax.transfer_guard` says so where the platform can tell).
+Two things keep the device busy. Steps are dispatched ahead and their metrics read `IN_FLIGHT` steps later;
+and nothing in the hot loop moves an array but by an explicit call (`jax.transfer_guard` says so where the
+platform can tell).
 """
 
 from __future__ import annotations
@@ -37,9 +38,11 @@ class LoopOptions:
 
     Attributes:
       steps: train until this step.
-      log_every, eval_every, checkpoint_every: steps between; eval_every and checkpoint_every None for only at the end.
-      on_nan: what to do where loss or gradient is not finite: 'stop' with an error; 'skip' the update (the step must
-        have been made with skip_nonfinite); 'rollback' to the newest checkpoint and go on after the bad batch.
+      log_every, eval_every, checkpoint_every: steps between; eval_every and checkpoint_every None for only at
+        the end.
+      on_nan: what to do where loss or gradient is not finite: 'stop' with an error; 'skip' the update (the
+        step must have been made with skip_nonfinite); 'rollback' to the newest checkpoint and go on after the
+        bad batch.
     """
 
     steps: int
@@ -162,7 +165,8 @@ class Loop:
         rollbacks[back] += 1
         if rollbacks[back] > MAX_BAD:
             raise run_dir.UserError(
-                f"{bad}: {MAX_BAD} rollbacks to step {back} did not help. Lower the learning rate or look at the data."
+                f"{bad}: {MAX_BAD} rollbacks to step {back} did not help. Lower the learning rate or look "
+                "at the data."
             )
         progress = Progress.from_json(metadata["progress"])
         progress.offset = bad.batch + 1 - back
@@ -261,7 +265,8 @@ class _Metrics:
             yield
         except OSError as error:
             raise run_dir.UserError(
-                f"metrics of step {self._step} could not be written to {self._run.path}: {error.strerror or error}. "
+                f"metrics of step {self._step} could not be written to {self._run.path}: "
+                f"{error.strerror or error}. "
                 "The checkpoints are as they were; make room and run the same command to go on."
             ) from error
 
@@ -356,7 +361,8 @@ class _Reader:
         if policy == "stop":
             raise run_dir.UserError(
                 f"loss or gradient not finite at step {step}, batch {batch} of {self.loop.run.path}; {kept}. "
-                "Look at the batch (t5style.data.replay), lower the learning rate, or set on_nan to 'skip' or "
+                "Look at the batch (t5style.data.replay), lower the learning rate, or set on_nan to 'skip' "
+                "or "
                 "'rollback' and run the same command."
             )
         self.progress.skipped += 1
@@ -366,16 +372,18 @@ class _Reader:
         )
         if self.bad_in_a_row >= MAX_BAD:
             raise run_dir.UserError(
-                f"{MAX_BAD} updates in a row were not finite, the last at step {step}, batch {batch}; {kept}. "
+                f"{MAX_BAD} updates in a row were not finite, the last at step {step}, batch {batch}; "
+                f"{kept}. "
                 "Lower the learning rate or look at the data."
             )
 
 
 class StopSignal:
-    """Catches SIGTERM and Ctrl-C while training: the loop finishes its step and saves. A second one stops at once.
+    """Catches SIGTERM and Ctrl-C while training: the loop finishes its step and saves. A second one stops at
+    once.
 
-    With several processes, jax's preemption service catches SIGTERM on any of them and agrees on one step at which all
-    of them stop; Ctrl-C is then left to Python.
+    With several processes, jax's preemption service catches SIGTERM on any of them and agrees on one step at
+    which all of them stop; Ctrl-C is then left to Python.
     """
 
     def __init__(self) -> None:

@@ -6,10 +6,6 @@ the reader divides. A mean of means would weigh tokens in short batches more tha
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -27,9 +23,9 @@ def cross_entropy(
 ) -> tuple[jax.Array, Metrics]:
     """Summed training objective and metrics of one batch of tokens.
 
-    The objective follows T5X (`t5x.losses.cross_entropy_with_logits` and `compute_weighted_cross_entropy`): the
-    true class gets 1 - s and each other class s / (V - 1), minus the entropy of that distribution, so that a
-    perfect prediction costs 0; plus `z_loss * log(Z)^2`, which keeps the logits' normaliser near 1.
+    The objective follows T5X (`t5x.losses.cross_entropy_with_logits` and `compute_weighted_cross_entropy`):
+    the true class gets 1 - s and each other class s / (V - 1), minus the entropy of that distribution, so
+    that a perfect prediction costs 0; plus `z_loss * log(Z)^2`, which keeps the logits' normaliser near 1.
 
     Written with a gather rather than a one-hot product: measured faster on CPU, and never slower elsewhere.
 

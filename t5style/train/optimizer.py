@@ -21,14 +21,14 @@ class Optimizer:
     """An optimiser and its learning-rate schedule.
 
     Attributes:
-      name: 'adamw' (Loshchilov & Hutter 2019, `optax.adamw`) or 'adafactor' (Shazeer & Stern 2018, `optax.adafactor`).
-        Adafactor runs with T5's settings (Raffel et al. 2020 §3.1.2, `t5x.adafactor`): factored second moments
-        for dimensions of 128 and up, updates scaled by the parameter's root mean square and clipped at RMS 1,
-        second-moment decay 1 - n^-0.8, no first moment.
+      name: 'adamw' (Loshchilov & Hutter 2019, `optax.adamw`) or 'adafactor' (Shazeer & Stern 2018,
+        `optax.adafactor`). Adafactor runs with T5's settings (Raffel et al. 2020 §3.1.2, `t5x.adafactor`):
+        factored second moments for dimensions of 128 and up, updates scaled by the parameter's root mean
+        square and clipped at RMS 1, second-moment decay 1 - n^-0.8, no first moment.
       learning_rate: the schedule.
       b1, b2, eps: AdamW's. 0.95 for b2 is what LLaMA and GPT-3 use; optax's own default is 0.999.
-      weight_decay: decoupled, times the learning rate, for either optimiser; on matrices only: norms' scales, biases
-        and relative-position tables keep their size.
+      weight_decay: decoupled, times the learning rate, for either optimiser; on matrices only: norms' scales,
+        biases and relative-position tables keep their size.
       clip_norm: the gradient's global norm is clipped to this; None for no clipping (T5 with Adafactor).
       decay_rate: Adafactor's second-moment exponent.
       multiply_by_parameter_scale: Adafactor's relative step size.
@@ -81,8 +81,8 @@ class Optimizer:
                 clipping_threshold=1.0,
                 momentum=None,
             )
-            # optax.adafactor's own weight_decay_rate is not multiplied by the learning rate; ours is, as in AdamW.
-            # Updates have their sign already, hence -weight_decay and flip_sign=False.
+            # optax.adafactor's own weight_decay_rate is not multiplied by the learning rate; ours is, as in
+            # AdamW. Updates have their sign already, hence -weight_decay and flip_sign=False.
             chain += [
                 on_matrices(inner, axes),
                 optax.add_decayed_weights(-self.weight_decay, mask=mask),
@@ -92,7 +92,8 @@ class Optimizer:
 
 
 def decay_mask(axes: Any) -> Any:
-    """True for the parameters that weight decay applies to: matrices, but no relative-position table and no bias.
+    """True for the parameters that weight decay applies to: matrices, but no relative-position table and no
+    bias.
 
     Args:
       axes: tree of logical-axis tuples; a leading 'layers' axis only stacks layers and does not count.
@@ -109,10 +110,11 @@ def decay_mask(axes: Any) -> Any:
 def on_matrices(inner: optax.GradientTransformation, axes: Any) -> optax.GradientTransformation:
     """Applies a per-leaf transformation to each layer's matrix instead of to the stacked tensor we store.
 
-    Adafactor looks at shapes: of [layers, embed, heads, head_dim] it would factor the two longest dimensions and
-    take one root mean square over all layers. T5X's logical factor rules (`t5x.adafactor.standard_logical_factor_rules`)
-    treat 'layers' as a batch dimension, 'embed' as rows and everything else, joined, as columns; so does this: the
-    tensor becomes [embed, heads * head_dim], and layers are mapped over.
+    Adafactor looks at shapes: of [layers, embed, heads, head_dim] it would factor the two longest dimensions
+    and take one root mean square over all layers. T5X's logical factor rules
+    (`t5x.adafactor.standard_logical_factor_rules`) treat 'layers' as a batch dimension, 'embed' as rows and
+    everything else, joined, as columns; so does this: the tensor becomes [embed, heads * head_dim], and
+    layers are mapped over.
     """
 
     def matrix(shape: tuple[int, ...], names: Axes) -> tuple[int, ...]:
@@ -144,9 +146,8 @@ def on_matrices(inner: optax.GradientTransformation, axes: Any) -> optax.Gradien
             return new.reshape(u.shape), new_state
 
         pairs = jax.tree.map(one, axes, updates, state, params, is_leaf=_is_axes)
-        leaves, treedef = jax.tree.flatten(axes, is_leaf=_is_axes)
+        treedef: Any = jax.tree.structure(axes, is_leaf=_is_axes)
         flat = treedef.flatten_up_to(pairs)
-        assert len(flat) == len(leaves)
         return treedef.unflatten([u for u, _ in flat]), treedef.unflatten([s for _, s in flat])
 
     return optax.GradientTransformation(init, update)

@@ -1,4 +1,6 @@
-"""Before the first step: what the run is about to learn, what it costs, and a refusal of what is silently wrong."""
+"""Before the first step: what the run is about to learn, what it costs, and a refusal of what is silently
+wrong.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,8 @@ from t5style.data.token_store import TokenStore
 from t5style.models.config import TransformerConfig
 from t5style.parallel.explain import format_bytes
 
-# Stores up to this size are read whole and their checksums compared; larger ones are checked for their files' sizes
-# (and every chunk's CRC is checked when it is read in any case).
+# Stores up to this size are read whole and their checksums compared; larger ones are checked for their files'
+# sizes (and every chunk's CRC is checked when it is read in any case).
 VERIFY_BYTES = 1 << 30
 EXAMPLES = 2  # shown for each task
 SHOWN_CHARACTERS = 400  # of each text
@@ -83,7 +85,8 @@ def probe(
     """Looks at a task's first rows: figures, decoded examples, and a refusal of what cannot be meant.
 
     Raises:
-      UserError: ids outside the embedding; no supervised token; every token supervised where the inputs should not be.
+      UserError: ids outside the embedding; no supervised token; every token supervised where the inputs
+        should not be.
     """
     source = BatchSource(task, split, PROBED_ROWS, lengths, config.architecture, seed, pack)
     batch = source.batch_at(0)
@@ -92,21 +95,25 @@ def probe(
             bad = int(values.max()) if int(values.max()) >= config.vocab_size else int(values.min())
             raise run_dir.UserError(
                 f"task {task.name!r}: {name} holds the id {bad}, outside the model's embedding of "
-                f"{config.vocab_size} rows: the store was made with another vocabulary, or vocab_size is too small."
+                f"{config.vocab_size} rows: the store was made with another vocabulary, or vocab_size is "
+                "too small."
             )
     real = int((batch["decoder_segment_ids"] > 0).sum())
     supervised = int((batch["decoder_loss_weights"] > 0).sum())
     share = supervised / real if real else 0.0
     if supervised == 0:
         raise run_dir.UserError(
-            f"task {task.name!r}: none of the {real} decoder tokens in its first {PROBED_ROWS} rows is supervised, so "
+            f"task {task.name!r}: none of the {real} decoder tokens in its first {PROBED_ROWS} rows is "
+            "supervised, so "
             "nothing would be learned: make lengths['decoder'] longer than the inputs, or check the targets."
         )
     everything = supervised == real and config.architecture == DECODER_ONLY
     if everything and not isinstance(task.objective, CausalLM):
         raise run_dir.UserError(
-            f"task {task.name!r}: all {real} decoder tokens in its first {PROBED_ROWS} rows are supervised, though "
-            f"{type(task.objective).__name__} should not learn its inputs: check that the inputs feature is not empty."
+            f"task {task.name!r}: all {real} decoder tokens in its first {PROBED_ROWS} rows are supervised, "
+            "though "
+            f"{type(task.objective).__name__} should not learn its inputs: check that the inputs feature is "
+            "not empty."
         )
     filled = {
         side: float((batch[f"{side}_segment_ids"] > 0).mean())
@@ -121,7 +128,9 @@ def probe(
         "positions_per_row": {side: source.lengths[side] for side in filled},
         "examples_per_epoch": source.examples_per_epoch,
         "statistics": source.statistics[task.name],
-        "examples": [dataclasses.asdict(segment) for segment in describe(batch, source.vocabulary, range(EXAMPLES))],
+        "examples": [
+            dataclasses.asdict(segment) for segment in describe(batch, source.vocabulary, range(EXAMPLES))
+        ],
     }
 
 
@@ -136,7 +145,8 @@ def preflight(
     costs: Costs,
     start: str,
 ) -> dict[str, Any]:
-    """Checks data against model, prints and writes `preflight.txt` and `preflight.json`, and returns the figures.
+    """Checks data against model, prints and writes `preflight.txt` and `preflight.json`, and returns the
+    figures.
 
     Args:
       run: the run folder.
@@ -193,14 +203,17 @@ def _text(figures: Mapping[str, Any], source: BatchSource) -> str:
     lines = [
         "Preflight",
         f"  start      {figures['start']}",
-        f"  model      {figures['parameters']:,} parameters; {figures['vocabulary']['ids']:,} ids in the vocabulary, "
+        f"  model      {figures['parameters']:,} parameters; {figures['vocabulary']['ids']:,} ids in the "
+        "vocabulary, "
         f"{figures['vocabulary']['embedding_rows']:,} rows in the embedding",
-        f"  memory     {format_bytes(figures['state_bytes_per_device'])} of parameters and optimiser state and "
+        f"  memory     {format_bytes(figures['state_bytes_per_device'])} of parameters and optimiser state "
+        "and "
         f"{format_bytes(figures['gradient_bytes_per_device'])} of gradients on each device, and activations; "
         f"{figures['mesh']}",
         f"  compute    {figures['training_flops_per_token']:.3g} FLOPs per token, "
         f"{figures['flops_planned']:.3g} for the run",
-        f"  data       {figures['tokens_per_epoch']:,.0f} tokens per epoch in {figures['steps_per_epoch']:,.1f} steps "
+        f"  data       {figures['tokens_per_epoch']:,.0f} tokens per epoch in "
+        f"{figures['steps_per_epoch']:,.1f} steps "
         f"of {source.batch_size} rows; {figures['steps']:,} steps = {figures['epochs']:.3g} epochs = "
         f"{figures['tokens_planned']:,.0f} tokens",
         f"  lengths    {', '.join(f'{side} {length}' for side, length in source.lengths.items())}",
@@ -209,12 +222,16 @@ def _text(figures: Mapping[str, Any], source: BatchSource) -> str:
     for task in figures["tasks"]:
         filled = ", ".join(f"{side} {share:.0%}" for side, share in task["filled"].items())
         lines.append(
-            f"  task       {task['task']} ({task['objective']}): {task['supervised']:.1%} of the decoder's tokens are "
+            f"  task       {task['task']} ({task['objective']}): {task['supervised']:.1%} of the decoder's "
+            "tokens are "
             f"supervised; rows filled: {filled}"
         )
         for example in task["examples"][:EXAMPLES]:
             lines += ["             " + line for line in _shown(Segment(**example))]
-    lines.append(f"  (in the examples, what the loss does not look at stands between {UNLEARNED[0]} and {UNLEARNED[1]})")
+    lines.append(
+        f"  (in the examples, what the loss does not look at stands between {UNLEARNED[0]} and "
+        f"{UNLEARNED[1]})"
+    )
     return "\n".join(lines)
 
 
@@ -224,7 +241,8 @@ def _shown(segment: Segment) -> list[str]:
     if segment.inputs is not None:
         lines.append(f"reads {segment.input_tokens} tokens: {_cut(segment.inputs)!r}")
     lines.append(
-        f"says {segment.target_tokens} tokens, {segment.learned_tokens} of them learned: {_cut(segment.targets)!r}"
+        f"says {segment.target_tokens} tokens, {segment.learned_tokens} of them learned: "
+        f"{_cut(segment.targets)!r}"
     )
     return lines
 

@@ -1,4 +1,6 @@
-"""The job that trains a model on a task or mixture. Finetuning is the same job with parameters to start from."""
+"""The job that trains a model on a task or mixture. Finetuning is the same job with parameters to start
+from.
+"""
 
 from __future__ import annotations
 
@@ -44,8 +46,8 @@ def _unseen(default: Any) -> Any:
 class Pretrain:
     """Trains `model` on `task` for `steps` steps.
 
-    The run folder gets model.json, vocabulary/, checkpoints/, metrics.jsonl, tensorboard/, preflight.txt and .json,
-    goodput.json and lineage.json. Run again, it goes on from its newest checkpoint, exactly.
+    The run folder gets model.json, vocabulary/, checkpoints/, metrics.jsonl, tensorboard/, preflight.txt and
+    .json, goodput.json and lineage.json. Run again, it goes on from its newest checkpoint, exactly.
 
     Attributes:
       model: the model.
@@ -69,7 +71,8 @@ class Pretrain:
       on_nan: 'stop', 'skip' or 'rollback', see `loop.LoopOptions`.
       label_smoothing, z_loss: see `losses.cross_entropy`.
       pack: several supervised examples share a row.
-      init_from: run folder, checkpoint or Hugging Face directory whose parameters to start from; None for random ones.
+      init_from: run folder, checkpoint or Hugging Face directory whose parameters to start from; None for
+        random ones.
     """
 
     model: TransformerConfig
@@ -121,7 +124,8 @@ class Pretrain:
                 raise ValueError(f"{name} is {value}; it must be 1 or more, or None.")
         if self.batch_size % self.accumulation:
             raise ValueError(
-                f"batch_size is {self.batch_size} and accumulation {self.accumulation}: the batch cannot be cut into "
+                f"batch_size is {self.batch_size} and accumulation {self.accumulation}: the batch cannot be "
+                "cut into "
                 "that many equal microbatches. Make batch_size a multiple of accumulation."
             )
         if not 0 <= self.label_smoothing < 1:
@@ -156,14 +160,18 @@ class Pretrain:
         )
 
     def dry_run(self, run: run_dir.RunDir) -> None:
-        """Prints what the run would cost, from shapes alone; checks batch, mesh and lengths against each other."""
+        """Prints what the run would cost, from shapes alone; checks batch, mesh and lengths against each
+        other.
+        """
         mesh = self.mesh.build()
         rules.check_batch(self.batch_size, mesh, self.accumulation)
         costs = self.costs(mesh)
         positions = self.steps * self.batch_size * sum(self._lengths().values())
         console.say(
-            f"{costs.parameters:,} parameters; {explain.format_bytes(costs.state_bytes)} of parameters and optimiser "
-            f"state and {explain.format_bytes(costs.gradient_bytes)} of gradients on each device ({costs.mesh}); "
+            f"{costs.parameters:,} parameters; {explain.format_bytes(costs.state_bytes)} of parameters and "
+            "optimiser "
+            f"state and {explain.format_bytes(costs.gradient_bytes)} of gradients on each device "
+            f"({costs.mesh}); "
             f"{self.steps:,} steps of {self.batch_size} rows: up to {positions:,} tokens, "
             f"{positions * costs.flops_per_token:.3g} FLOPs"
         )
@@ -188,7 +196,8 @@ class Pretrain:
         missing = [side for side in sides if side not in self.lengths]
         if missing:
             raise ValueError(
-                f"lengths is {dict(self.lengths)}; a {self.model.architecture} model also needs {missing[0]!r}."
+                f"lengths is {dict(self.lengths)}; a {self.model.architecture} model also needs "
+                f"{missing[0]!r}."
             )
         return {side: int(self.lengths[side]) for side in sides}
 
@@ -206,7 +215,8 @@ class Pretrain:
         """Trains; returns final losses, tokens, seconds, tokens per second and shares of time.
 
         Raises:
-          UserError, ValueError: what preflight refuses; a loss that is not finite; a checkpoint that cannot be written.
+          UserError, ValueError: what preflight refuses; a loss that is not finite; a checkpoint that cannot
+            be written.
           SystemExit: SIGTERM came; the state is saved.
         """
         goodput = Goodput()
@@ -248,7 +258,9 @@ class Pretrain:
     def _start(
         self, run: run_dir.RunDir, mesh: Mesh, source: BatchSource, keeper: checkpoint.Checkpointer
     ) -> tuple[Any, Progress, str]:
-        """The state to begin with. Precedence: 1. this run's own newest checkpoint; 2. init_from; 3. random."""
+        """The state to begin with. Precedence: 1. this run's own newest checkpoint; 2. init_from; 3.
+        random.
+        """
         abstract, shardings = self._abstract(mesh)
         # 1. Resume.
         restored = keeper.restore_latest(state_lib.with_shardings(abstract, shardings))
@@ -285,7 +297,8 @@ class Pretrain:
         ):
             if theirs != ours:
                 raise run_dir.UserError(
-                    f"the checkpoints in {run.path} were trained with {name} {theirs}, this configuration has {name} "
+                    f"the checkpoints in {run.path} were trained with {name} {theirs}, this configuration "
+                    f"has {name} "
                     f"{ours}: resuming would repeat or skip examples. Choose another RUN_DIR, with "
                     f"init_from={str(run.path)!r} to start from these parameters."
                 )
@@ -407,7 +420,9 @@ def _tasks(task: Task | Mixture) -> tuple[Task, ...]:
 
 
 def _late(results: Iterator[Any]) -> Iterator[Any]:
-    """Device results as host arrays, each read after the next is dispatched: the device does not wait for the host."""
+    """Device results as host arrays, each read after the next is dispatched: the device does not wait for the
+    host.
+    """
     before: Any = None
     for result in results:
         if before is not None:

@@ -18,8 +18,9 @@ class Schedule:
       kind: what follows the ramp.
         'constant': `peak` for ever.
         'linear', 'cosine': down to `final_fraction * peak` at the last step.
-        'rsqrt': T5's inverse square root (Raffel et al. 2020, §3.1.2), `peak / sqrt(max(n, timescale) / timescale)`:
-          with peak 0.01 and timescale 10,000 this is exactly T5's 1 / sqrt(max(n, 10^4)), flat until step 10^4.
+        'rsqrt': T5's inverse square root (Raffel et al. 2020, §3.1.2), `peak / sqrt(max(n, timescale) /
+          timescale)`: with peak 0.01 and timescale 10,000 this is exactly T5's 1 / sqrt(max(n, 10^4)), flat
+          until step 10^4.
         'wsd': warm up, stay at `peak`, then go down linearly over the last `decay_fraction` of the steps
           (warmup-stable-decay: Hu et al. 2024, MiniCPM, §4; Hägele et al. 2024 for the linear cooldown).
       peak: the highest learning rate.

@@ -19,7 +19,7 @@ from t5style.parallel import rules as rules_lib
 
 @struct.dataclass
 class TrainState:
-    """A pytree.
+    """A pytree; with ShapeDtypeStructs or Shardings in place of arrays, also what describes one.
 
     Attributes:
       step: int32 scalar, the number of updates made.
@@ -27,7 +27,7 @@ class TrainState:
       opt_state: optax's.
     """
 
-    step: jax.Array
+    step: Any
     params: Any
     opt_state: Any
 
@@ -47,8 +47,8 @@ def state_shardings(
 ) -> TrainState:
     """Shardings of the state: optimiser moments lie where their parameters lie.
 
-    An optimiser leaf belongs to the parameter whose path it contains. Of the same shape, it gets the same sharding; of
-    another (Adafactor's row and column statistics, a few vectors per matrix) it is replicated.
+    An optimiser leaf belongs to the parameter whose path it contains. Of the same shape, it gets the same
+    sharding; of another (Adafactor's row and column statistics, a few vectors per matrix) it is replicated.
 
     Raises:
       ValueError: a parameter's dimension does not divide by its mesh axes.

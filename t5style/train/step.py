@@ -90,19 +90,20 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]:
     """Returns step(state, batch, key) -> (new state, metrics), to be jitted with the state donated.
 
-    The gradient is that of (sum of the objective over all target tokens) / (number of target tokens): microbatches
-    add sums and weights and divide once, so accumulation equals the big batch whatever the token counts.
+    The gradient is that of (sum of the objective over all target tokens) / (number of target tokens):
+    microbatches add sums and weights and divide once, so accumulation equals the big batch whatever the token
+    counts.
 
     Args:
       loss: see `Loss`.
       optimizer: the optax transformation.
       schedule: the learning rate by step, for the metrics.
       accumulation: microbatches per step; must divide the batch (and its share on each device).
-      skip_nonfinite: keep parameters and optimiser state as they were where loss or gradient is not finite; the
-        metrics of such a step weigh nothing.
+      skip_nonfinite: keep parameters and optimiser state as they were where loss or gradient is not finite;
+        the metrics of such a step weigh nothing.
 
-    Metrics beside the loss's own: 'grad_norm' (before clipping), 'learning_rate', 'tokens' (non-padding positions the
-    model read), 'nonfinite' (1 where loss or gradient was not finite).
+    Metrics beside the loss's own: 'grad_norm' (before clipping), 'learning_rate', 'tokens' (non-padding
+    positions the model read), 'nonfinite' (1 where loss or gradient was not finite).
     """
 
     def objective(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
@@ -120,7 +121,8 @@ def make_train_step(
         if accumulation == 1:
             grads, total, weight, metrics = sums(state.params, batch, key)
         else:
-            # Row r goes to microbatch r mod accumulation: each device keeps its own rows. [B, L] -> [A, B/A, L]
+            # Row r goes to microbatch r mod accumulation: each device keeps its own rows. [B, L] -> [A, B/A,
+            # L]
             micro = {
                 name: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()
             }

@@ -183,7 +183,7 @@ def test_all_damaged(tmp_path: pathlib.Path) -> None:
     save(tmp_path, 3, 9)
     for step in ("3", "9"):
         damage_bit(tmp_path / step)
-    with pytest.raises(run_dir.UserError, match="all 2 checkpoints in .* are damaged"):
+    with pytest.raises(run_dir.UserError, match=r"all 2 checkpoints in .* are damaged"):
         Checkpointer(tmp_path).restore_latest(abstract(state(0)))
     assert {p.name for p in tmp_path.iterdir()} == {"3.corrupt", "9.corrupt"}
 
@@ -192,11 +192,13 @@ def test_another_architecture_is_named_and_nothing_renamed(tmp_path: pathlib.Pat
     save(tmp_path, 9)
     with pytest.raises(
         run_dir.UserError,
-        match=r"another architecture: at params/layer/kernel it has shape \(64, 32\), this model shape \(48, 32\)",
+        match=r"at params/layer/kernel it has shape \(64, 32\), this model shape \(48, 32\)",
     ):
         Checkpointer(tmp_path).restore_latest(abstract(state(0, width=48)))
     more = state(0).replace(params=state(0).params | {"extra": jnp.zeros(3)})
-    with pytest.raises(run_dir.UserError, match=r"at params/extra it has no such parameter, this model shape \(3,\)"):
+    with pytest.raises(
+        run_dir.UserError, match=r"at params/extra it has no such parameter, this model shape \(3,\)"
+    ):
         Checkpointer(tmp_path).restore_latest(abstract(more))
     other = state(0).replace(opt_state=({"mu": state(0).opt_state[0]["mu"], "nu": jnp.zeros(3)},))
     with pytest.raises(run_dir.UserError, match="another optimiser: at opt_state/0/nu"):

@@ -68,9 +68,7 @@ def test_perfect_prediction_costs_nothing() -> None:
     for smoothing in (0.0, 0.1):
         soft = np.full((1, VOCAB), smoothing / (VOCAB - 1) if smoothing else 1e-30)
         soft[0, 4] = 1 - smoothing
-        loss, _ = cross_entropy(
-            jnp.log(soft), jnp.array([4]), jnp.array([1]), label_smoothing=smoothing
-        )
+        loss, _ = cross_entropy(jnp.log(soft), jnp.array([4]), jnp.array([1]), label_smoothing=smoothing)
         np.testing.assert_allclose(loss, 0.0, atol=1e-6)
 
 

@@ -19,7 +19,10 @@ AXES = {
     "embedding": ("vocab", "embed"),
     "layers": {
         "norm": {"scale": ("layers", "embed")},
-        "query": {"kernel": ("layers", "embed", "heads", "head_dim"), "bias": ("layers", "heads", "head_dim")},
+        "query": {
+            "kernel": ("layers", "embed", "heads", "head_dim"),
+            "bias": ("layers", "heads", "head_dim"),
+        },
     },
     "relative_bias": ("relpos_buckets", "heads"),
 }
@@ -96,7 +99,9 @@ def test_adamw_is_optax_with_clipping_and_masked_decay() -> None:
 def test_adamw_first_step_by_hand() -> None:
     """Adam's first update is g / (|g| + eps) whatever the betas; decay adds lr * wd * p, on matrices only."""
     params, grads = tree(0), tree(1)
-    transform = Optimizer(learning_rate=Schedule("constant", 0.01), weight_decay=0.1, clip_norm=None).build(AXES, 10)
+    transform = Optimizer(learning_rate=Schedule("constant", 0.01), weight_decay=0.1, clip_norm=None).build(
+        AXES, 10
+    )
     updates, _ = transform.update(grads, transform.init(params), params)
     g, p = np.asarray(grads["embedding"]), np.asarray(params["embedding"])
     np.testing.assert_allclose(updates["embedding"], -0.01 * (g / (np.abs(g) + 1e-8) + 0.1 * p), rtol=1e-4)
@@ -105,7 +110,9 @@ def test_adamw_first_step_by_hand() -> None:
 
 
 def test_adafactor_treats_each_layer_as_a_matrix() -> None:
-    """A stack of layers gets the updates that optax.adafactor gives each layer alone, as [embed, heads * head_dim]."""
+    """A stack of layers gets the updates that optax.adafactor gives each layer alone, as [embed, heads *
+    head_dim].
+    """
     transform = Optimizer("adafactor", Schedule("constant", 0.1), clip_norm=None).build(AXES, 10)
     got = run(transform, tree(0))
     plain = optax.adafactor(0.1)
@@ -129,9 +136,13 @@ def test_adafactor_keeps_rows_and_columns_only() -> None:
 
 
 def test_adafactor_first_step_by_hand() -> None:
-    """Shazeer & Stern (2018), algorithm 4: at step 1 the decay is 0, so v is the squared gradient, factored."""
+    """Shazeer & Stern (2018), algorithm 4: at step 1 the decay is 0, so v is the squared gradient,
+    factored.
+    """
     params, grads = tree(0), tree(1)
-    transform = Optimizer("adafactor", Schedule("constant", 0.1), clip_norm=None, weight_decay=0.2).build(AXES, 10)
+    transform = Optimizer("adafactor", Schedule("constant", 0.1), clip_norm=None, weight_decay=0.2).build(
+        AXES, 10
+    )
     updates, _ = transform.update(grads, transform.init(params), params)
     g, p = np.asarray(grads["embedding"], np.float64), np.asarray(params["embedding"], np.float64)
     square = g**2 + 1e-30

@@ -21,7 +21,9 @@ N = np.arange(101)
 
 
 def test_constant() -> None:
-    np.testing.assert_allclose(values(Schedule("constant", 0.3, warmup_steps=10)), 0.3 * ramp(N, 10), rtol=1e-6)
+    np.testing.assert_allclose(
+        values(Schedule("constant", 0.3, warmup_steps=10)), 0.3 * ramp(N, 10), rtol=1e-6
+    )
     np.testing.assert_allclose(values(Schedule("constant", 0.3)), 0.3, rtol=1e-6)
 
 
@@ -45,7 +47,9 @@ def test_rsqrt_is_t5s() -> None:
 
 def test_rsqrt_with_a_ramp() -> None:
     rate = Schedule("rsqrt", 1.0, warmup_steps=4, timescale=4).build(100)
-    np.testing.assert_allclose([float(rate(n)) for n in (0, 1, 2, 4, 16)], [0, 0.25, 0.5, 1.0, 0.5], rtol=1e-6)
+    np.testing.assert_allclose(
+        [float(rate(n)) for n in (0, 1, 2, 4, 16)], [0, 0.25, 0.5, 1.0, 0.5], rtol=1e-6
+    )
 
 
 def test_wsd() -> None:

@@ -52,7 +52,9 @@ def setup(
 
 @pytest.mark.parametrize("parts", [2, 4])
 def test_accumulation_equals_the_big_batch(parts: int) -> None:
-    """SGD's new parameters show the gradient itself; microbatches have very unequal numbers of target tokens."""
+    """SGD's new parameters show the gradient itself; microbatches have very unequal numbers of target
+    tokens.
+    """
     state, whole = setup(PLAIN)
     _, cut = setup(PLAIN, accumulation=parts)
     one, metrics = whole(state, batch(), KEY)
@@ -65,7 +67,9 @@ def test_accumulation_equals_the_big_batch(parts: int) -> None:
     for name, pair in metrics.items():
         np.testing.assert_allclose(pair, cut_metrics[name], rtol=1e-5, err_msg=name)
     # The mean of the microbatches' means is something else: the test would notice.
-    rows = [make_eval_step(LanguageModelLoss(PLAIN))(state.params, _rows(r, parts))["loss"] for r in range(parts)]
+    rows = [
+        make_eval_step(LanguageModelLoss(PLAIN))(state.params, _rows(r, parts))["loss"] for r in range(parts)
+    ]
     naive = np.mean([float(total / weight) for total, weight in rows])
     assert abs(naive - float(metrics["loss"][0] / metrics["loss"][1])) > 1e-3
 
@@ -92,7 +96,9 @@ def test_dropout_depends_on_seed_and_step_only() -> None:
     assert losses[0] == losses[1] != losses[2]
     assert float(step(state, batch(), jax.random.key(8))[1]["loss"][0]) != losses[0]
     evaluate = jax.jit(make_eval_step(LanguageModelLoss(CONFIG)))
-    assert float(evaluate(state.params, batch())["loss"][0]) == float(evaluate(state.params, batch())["loss"][0])
+    assert float(evaluate(state.params, batch())["loss"][0]) == float(
+        evaluate(state.params, batch())["loss"][0]
+    )
 
 
 def test_skip_keeps_the_old_state() -> None:

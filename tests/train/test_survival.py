@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -50,9 +51,7 @@ def wait_for_step(folder: pathlib.Path, step: int, process: subprocess.Popen[str
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(
-    tmp_path_factory: pytest.TempPathFactory, start: Start, finish: Finish
-) -> pathlib.Path:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, start: Start, finish: Finish) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("runs") / "uninterrupted"
     status, _, err = finish(start(folder, steps=STEPS))
     assert status == 0, err
@@ -109,15 +108,25 @@ def test_ctrl_c_saves_and_exits_130(tmp_path: pathlib.Path, start: Start, finish
     assert f"stopped at step {stopped}" in err
 
 
+def fill(file: pathlib.Path) -> None:
+    """Writes until the file system is full."""
+    with contextlib.suppress(OSError), file.open("wb", buffering=0) as stream:
+        while stream.write(b"\0" * 4096):
+            pass
+
+
 def test_full_disk_while_saving(
     uninterrupted: pathlib.Path, tmp_path: pathlib.Path, start: Start, finish: Finish
 ) -> None:
     """A file system of 3 MB, filled up once a checkpoint is on it."""
     folder = tmp_path / "small"
     folder.mkdir()
-    if os.geteuid() != 0 or subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True
-    ).returncode:
+    if (
+        os.geteuid() != 0
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True
+        ).returncode
+    ):
         pytest.skip("no right to mount a small tmpfs here")
     try:
         process = start(folder / "run", steps=STEPS, slow=0.3, keep=2)
@@ -125,9 +134,7 @@ def test_full_disk_while_saving(
         while not checkpoint.all_steps(folder / "run" / "checkpoints") and time.time() < deadline:
             time.sleep(0.02)
         filler = folder / "filler"
-        with filler.open("wb", buffering=0) as stream, pytest.raises(OSError, match="No space"):
-            while True:
-                stream.write(b"\0" * 4096)
+        fill(filler)
         status, _, err = finish(process)
         assert status == 1, err
         told = [line for line in err.splitlines() if line.startswith("error:")]

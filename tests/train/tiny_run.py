@@ -1,6 +1,6 @@
 """A tiny training run, for tests: as a function, and as a program of its own that tests kill and start again.
 
-    python tests/train/tiny_run.py RUN_DIR STORE '{"steps": 20, "poison": [7]}'
+python tests/train/tiny_run.py RUN_DIR STORE '{"steps": 20, "poison": [7]}'
 """
 
 from __future__ import annotations
@@ -38,7 +38,14 @@ def make_store(folder: str, examples: int = 60, length: int = 80, extra_ids: int
     return folder
 
 
-def job(store: str, *, decoder_only: bool = True, peak: float = 1e-2, model: dict[str, Any] | None = None, **fields: Any) -> Pretrain:
+def job(
+    store: str,
+    *,
+    decoder_only: bool = True,
+    peak: float = 1e-2,
+    model: dict[str, Any] | None = None,
+    **fields: Any,
+) -> Pretrain:
     """A job that compiles in seconds and steps in milliseconds; `fields` replace Pretrain's."""
     config = TransformerConfig(
         **(
