@@ -229,10 +229,66 @@ def _save_tokenizer(model: Stored, folder: epath.Path) -> None:
     assert model.ids is not None
     vocabulary.save(folder)
     settings: dict[str, Any] = {"extra_ids": vocabulary.extra_ids}
-    if isinstance(vocabulary, SentencePieceVocabulary):
+    if isinstance(vocabulary, SentencePieceVocabulary) and (fast := _tokenizer_json(vocabulary, model)):
+        # Ours take text as it is; transformers' T5Tokenizer would put a space before it.
+        atomic_write(folder / "tokenizer.json", fast)
+        settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "eos_token": "</s>"}
+    elif isinstance(vocabulary, SentencePieceVocabulary):
         name = "spiece.model" if model.encoder_decoder else "tokenizer.model"
         atomic_write(folder / name, vocabulary.content)
         settings["tokenizer_class"] = "T5Tokenizer" if model.encoder_decoder else "LlamaTokenizer"
     if not model.encoder_decoder:
         settings["add_bos_token"] = model.ids.prefix is not None
     atomic_write(folder / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
+
+
+def _unigram_pieces(vocabulary: SentencePieceVocabulary) -> list[tuple[str, float]] | None:
+    """Pieces and scores of a unigram model that takes text as it is; None for any other model."""
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor(model_proto=vocabulary.content)
+    normalizes = processor.encode("a  \ufb01", out_type=str)[:1] == ["\u2581"] or (
+        processor.normalize(" a  \ufb01 ") != "\u2581a\u2581\u2581\ufb01\u2581"
+    )
+    scores = [processor.get_score(i) for i in range(vocabulary.base_size)]
+    # BPE numbers its merges; the scores of a unigram model are logarithms of probabilities.
+    if normalizes or all(score == int(score) for score in scores):
+        return None
+    return [(processor.id_to_piece(i), score) for i, score in enumerate(scores)]
+
+
+def _tokenizer_json(vocabulary: SentencePieceVocabulary, model: Stored) -> str | None:
+    """A unigram SentencePiece model without text normalisation, as the tokenizers library reads it; None for
+    any other, and where that library is not installed.
+    """
+    try:
+        import tokenizers
+        from tokenizers import decoders, models, normalizers, processors
+    except ImportError:
+        return None
+    pieces = _unigram_pieces(vocabulary)
+    if pieces is None:
+        return None
+    assert model.ids is not None
+    size = vocabulary.vocab_size
+    sentinels = [(f"<extra_id_{size - 1 - i}>", 0.0) for i in range(len(pieces), size)]
+    tokenizer = tokenizers.Tokenizer(
+        models.Unigram([*pieces, *sentinels], vocabulary.unk_id, byte_fallback=True)
+    )
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    special = [pieces[i][0] for i in (vocabulary.pad_id, vocabulary.eos_id, vocabulary.unk_id)]
+    tokenizer.add_special_tokens([*special, *(name for name, _ in sentinels)])
+    end = pieces[vocabulary.eos_id][0]
+    if model.encoder_decoder:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"$A {end}", pair=f"$A {end} $B {end}", special_tokens=[(end, vocabulary.eos_id)]
+        )
+    elif model.ids.prefix is not None:
+        start = pieces[model.ids.prefix][0]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{start} $A", pair=f"{start} $A $B", special_tokens=[(start, model.ids.prefix)]
+        )
+    return str(tokenizer.to_str())

@@ -164,7 +164,11 @@ def test_saved_sentencepiece_tokenizer_is_read_by_transformers(tmp_path):
     params = jax.jit(lambda key: init_params(config, key))(jax.random.key(0))
     Model(config, params, vocabulary).save(tmp_path / "saved")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
-    assert tokenizer("the lazy dog").input_ids == [*vocabulary.encode("the lazy dog"), 1]
+    for words in ("the lazy dog", " two  spaces", "tab\tand\nline", "unseen: Ü 42"):
+        assert tokenizer(words).input_ids == [*vocabulary.encode(words), 1]
+        assert tokenizer.decode(vocabulary.encode(words)) == words
+    assert tokenizer.convert_tokens_to_ids("<extra_id_3>") == vocabulary.sentinel_id(3)
+    assert t5style.load(tmp_path / "saved").vocabulary == vocabulary
 
 
 def test_dtype_and_mesh(model, tmp_path):
