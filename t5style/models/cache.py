@@ -1,9 +1,9 @@
 """The key-value cache: an explicit tree of arrays that Transformer.decode takes and returns.
 
 layers: a tuple with one dict per decoder layer: key, value `[batch, kv_heads, slots, head_dim]`, and for an
-  encoder-decoder cross_key, cross_value `[batch, kv_heads, encoder length, head_dim]`. Each head's keys lie together
-  (1.4 to 1.9 times faster on a CPU than with the slots before the heads), and layers are apart, so that a step
-  writes one token into each in place instead of copying a stack of all.
+  encoder-decoder cross_key, cross_value `[batch, kv_heads, encoder length, head_dim]`. Each head's keys lie
+  together (1.4 to 1.9 times faster on a CPU than with the slots before the heads), and layers are apart, so
+  that a step writes one token into each in place instead of copying a stack of all.
 valid: bool `[batch, slots]`, slots that hold a real token.
 positions: int32 `[batch, slots]`, the position of each slot's token in its row.
 length: int32 `[batch]`, real tokens so far in each row.
@@ -67,7 +67,8 @@ def init_cache(
         return cache
     if encoded is None or params is None:
         raise ValueError(
-            "the cache of an encoder-decoder needs params and encoded: cross-attention's keys are computed once"
+            "the cache of an encoder-decoder needs params and encoded: cross-attention's "
+            "keys are computed once"
         )
     if encoded.shape[0] != batch:
         raise ValueError(f"encoded has {encoded.shape[0]} rows and the cache {batch}")
@@ -81,7 +82,7 @@ def init_cache(
 
 
 def select_rows(cache: Cache, rows: jax.Array) -> Cache:
-    """The cache of other rows, int32 `[new batch]`: reorders beams, repeats a prompt's cache, drops finished rows."""
+    """The cache of other rows, int32 `[new batch]`: reorders beams, repeats prompts, drops finished rows."""
     return {
         name: value if name == "slot" else jax.tree.map(lambda x: x[rows], value)
         for name, value in cache.items()

@@ -1,4 +1,4 @@
-"""TransformerConfig: everything that defines a model. Families are presets of it (presets.py), never forks of code."""
+"""TransformerConfig: all that defines a model. Families are presets of it (presets.py), not forks of code."""
 
 import dataclasses
 import json
@@ -22,32 +22,35 @@ class TransformerConfig:
       vocab_size: rows of the embedding, extra ids and padding rows included (T5: 32128).
       d_model, d_ff: widths of the residual stream and of the MLP's hidden layer.
       num_heads, head_dim: attention heads and their width; head_dim None means d_model / num_heads.
-      num_kv_heads: heads of keys and values; fewer than num_heads is grouped-query attention (Ainslie et al. 2023),
-        None means num_heads.
+      num_kv_heads: heads of keys and values; fewer than num_heads is grouped-query attention (Ainslie et al.
+        2023), None means num_heads.
       encoder_layers, decoder_layers: numbers of layers.
-      activations: one name for a plain MLP (('relu',): T5 1.0), two for a gated one, whose hidden layer is the product
-        (('gelu', 'linear'): T5 1.1; ('silu', 'linear'): LLaMA; Shazeer 2020). 'gelu' is the tanh approximation, which
-        is what T5 1.1 was trained with; 'gelu_exact' uses erf.
+      activations: one name for a plain MLP (('relu',): T5 1.0), two for a gated one, whose hidden layer is
+        the product (('gelu', 'linear'): T5 1.1; ('silu', 'linear'): LLaMA; Shazeer 2020). 'gelu' is the tanh
+        approximation, which T5 1.1 was trained with; 'gelu_exact' uses erf.
       positions: 'relative_bias' (T5: one bucketed bias table per stack, shared by its layers) or 'rope'
         (Su et al. 2021, rotate-half order of the LLaMA checkpoints).
       relative_buckets, relative_max_distance, rope_theta: their settings.
       norm_eps: epsilon of RMSNorm.
       tie_embeddings: the output head is the embedding's transpose.
       scale_logits: multiply the last hidden states by d_model**-0.5 before the head (T5 1.0, which ties).
-      scale_attention: multiply attention scores by head_dim**-0.5 (T5 does not; its initialisation absorbs it).
-      dropout: rate, applied where T5 applies it: embeddings, attention weights, MLP hidden layer, the output of every
-        sub-layer and of every stack.
+      scale_attention: multiply attention scores by head_dim**-0.5 (T5 does not; its initialisation absorbs
+        it).
+      dropout: rate, applied where T5 applies it: embeddings, attention weights, MLP hidden layer, the output
+        of every sub-layer and of every stack.
       attention: which implementation (nn/attention.py); 'auto' chooses by platform.
-      scan_layers: True scans over the stacked layers (compile time does not grow with depth), False unrolls; None
-        chooses by platform. The parameters have the same layout either way.
-      remat: what the backward pass recomputes: 'none', 'full' (all of every layer), 'dots' (all but matrix products),
-        'qkv' (all but the query, key and value projections).
-      dtype, param_dtype: of activations and of parameters. Norms, softmax and logits are float32 whatever dtype is.
-      precision: of matrix products of float32 inputs, as jax.lax.Precision names it (TPU and GPU; no effect on CPU).
+      scan_layers: True scans over the stacked layers (compile time does not grow with depth), False unrolls;
+        None chooses by platform. The parameters have the same layout either way.
+      remat: what the backward pass recomputes: 'none', 'full' (all of every layer), 'dots' (all but matrix
+        products), 'qkv' (all but the query, key and value projections).
+      dtype, param_dtype: of activations and of parameters. Norms, softmax and logits are float32 whatever
+        dtype is.
+      precision: of matrix products of float32 inputs, as jax.lax.Precision names it (TPU and GPU; no effect
+        on CPU).
       init: 't5' (Mesh TensorFlow's scales, see nn/initializers.py) or 'normal' (N(0, init_scale), LLaMA).
       init_scale: a factor on T5's standard deviations, or the standard deviation itself for 'normal'.
-      context_length: the longest sequence the model is meant for, None if it has no such length (relative positions).
-        It changes no computation; those who read or write text look at it.
+      context_length: the longest sequence the model is meant for, None if it has no such length (relative
+        positions). It changes no computation; those who read or write text look at it.
     """
 
     vocab_size: int
@@ -89,12 +92,13 @@ class TransformerConfig:
         _whole("encoder_layers", self.encoder_layers, 0, "0 makes a decoder-only model")
         if self.head_dim is None and self.d_model % self.num_heads:
             raise ValueError(
-                f"d_model = {self.d_model} is not a multiple of num_heads = {self.num_heads}: set head_dim, or change one of them"
+                f"d_model = {self.d_model} is not a multiple of num_heads = {self.num_heads}: "
+                "set head_dim, or change one of them"
             )
         if self.num_heads % self.kv_heads:
             raise ValueError(
-                f"num_heads = {self.num_heads} is not a multiple of num_kv_heads = {self.kv_heads}: every key-value "
-                "head must serve the same number of query heads"
+                f"num_heads = {self.num_heads} is not a multiple of num_kv_heads = {self.kv_heads}: every "
+                "key-value head must serve the same number of query heads"
             )
         if len(activations) not in (1, 2):
             raise ValueError(f"activations = {activations} must name one activation, or two for a gated MLP")
@@ -125,8 +129,8 @@ class TransformerConfig:
                 )
             if self.relative_max_distance <= self.relative_buckets // 2:
                 raise ValueError(
-                    f"relative_max_distance = {self.relative_max_distance} must exceed relative_buckets / 2 = "
-                    f"{self.relative_buckets // 2}, the distances that have buckets of their own"
+                    f"relative_max_distance = {self.relative_max_distance} must exceed relative_buckets / 2 "
+                    f"= {self.relative_buckets // 2}, the distances that have buckets of their own"
                 )
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout = {self.dropout} must be at least 0 and less than 1")
@@ -135,7 +139,8 @@ class TransformerConfig:
                 raise ValueError(f"{name} = {getattr(self, name)} must be positive")
         if self.dropout and self.attention == "dot_product":
             raise ValueError(
-                f"attention = 'dot_product' cannot drop attention weights (dropout = {self.dropout}): use 'auto', or dropout 0"
+                f"attention = 'dot_product' cannot drop attention weights (dropout = {self.dropout}): "
+                "use 'auto', or dropout 0"
             )
 
     @property
@@ -172,7 +177,8 @@ class TransformerConfig:
         """The config that to_json wrote (or the mapping parsed from it).
 
         Raises:
-          ValueError: not JSON, a field this version does not know, a required field missing, or inconsistent values.
+          ValueError: not JSON, a field this version does not know, a required field missing, or inconsistent
+            values.
         """
         if isinstance(text, Mapping):
             fields = dict(text)

@@ -1,7 +1,7 @@
 """Hugging Face directories (config.json and safetensors) <-> our config and parameters.
 
-A family is a table of rows (convert_tables.py): which of their tensors is which of ours. A tensor or a config field that
-no row and no list names is an error, never a silent default.
+A family is a table of rows (convert_tables.py): which of their tensors is which of ours. A tensor or a
+config field that no row and no list names is an error, never a silent default.
 """
 
 import contextlib
@@ -36,8 +36,8 @@ def load_huggingface(folder: str | Path, dtype: str = "float32") -> tuple[Transf
       The config, and the parameters as a tree of NumPy arrays on the host; jax.device_put places them.
 
     Raises:
-      UserError: a file is missing or damaged, the family, a config field or a tensor is not one we honour, a tensor is
-        missing or has another shape. The sentence names it.
+      UserError: a file is missing or damaged, the family, a config field or a tensor is not one we honour, a
+        tensor is missing or has another shape. The sentence names it.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype = {dtype!r} is not one of {', '.join(DTYPES)}")
@@ -66,7 +66,8 @@ def save_huggingface(
       extra: entries for config.json beside those of the model: ids of special tokens, say.
 
     Raises:
-      UserError: no family of Hugging Face's computes what this config describes; the sentence says what is in the way.
+      UserError: no family of Hugging Face's computes what this config describes; the sentence says what is in
+        the way.
     """
     name, family = _family_of(config)
     theirs = family.save_config(config)
@@ -102,7 +103,8 @@ def _family(theirs: Mapping[str, Any], folder: Path) -> Family:
     kind = theirs.get("model_type")
     if kind not in FAMILIES:
         raise UserError(
-            f"{folder / 'config.json'}: model_type = {kind!r} is not a family we can load ({', '.join(FAMILIES)})"
+            f"{folder / 'config.json'}: model_type = {kind!r} is not a family we can load "
+            f"({', '.join(FAMILIES)})"
         )
     return FAMILIES[kind]
 
@@ -174,8 +176,8 @@ def _collect(
                 continue
             if shapes[name] != row.their_shape(one):
                 raise UserError(
-                    f"{folder}: the tensor {name} has shape {list(shapes[name])}, and its config.json makes it "
-                    f"{list(row.their_shape(one))}"
+                    f"{folder}: the tensor {name} has shape {list(shapes[name])}, and its config.json "
+                    f"makes it {list(row.their_shape(one))}"
                 )
             used.add(name)
             value = row.to_ours(read(name), one).astype(dtype)
@@ -231,7 +233,8 @@ def _export(config: TransformerConfig, family: Family, params: Any) -> Iterator[
             leaf = leaf[key]
         if tuple(leaf.shape) != shape:
             raise UserError(
-                f"the parameter {'/'.join(path)} has shape {list(leaf.shape)}; the config makes it {list(shape)}"
+                f"the parameter {'/'.join(path)} has shape {list(leaf.shape)}; "
+                f"the config makes it {list(shape)}"
             )
         for layer in range(layers or 1):
             value = np.asarray(leaf[layer] if layers else leaf)
@@ -239,7 +242,7 @@ def _export(config: TransformerConfig, family: Family, params: Any) -> Iterator[
 
 
 def _write_shards(folder: Path, tensors: Iterator[tuple[str, np.ndarray]]) -> None:
-    """One model.safetensors, or numbered shards of at most 5 GB and their index: never more than a shard in memory."""
+    """One model.safetensors, or shards of at most 5 GB and their index: never more than a shard in memory."""
     from safetensors.numpy import save_file
 
     metadata = {"format": "pt"}  # transformers asks for it: the tensors lie as PyTorch has them

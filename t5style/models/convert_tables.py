@@ -1,6 +1,7 @@
 """One table per Hugging Face family: tensors (Row) and config fields, both ways.
 
-A new family is a new Family here: its rows, its two functions between their config.json and a TransformerConfig.
+A new family is a new Family here: its rows, its two functions between their config.json and a
+TransformerConfig.
 """
 
 import dataclasses
@@ -78,19 +79,20 @@ class Family:
 class Fields:
     """Their config.json, read field by field; what nobody read and no list names is an error."""
 
-    # Fields that change nothing about the model's function: names, versions, token ids (the vocabulary's and the
-    # decoder's concern), defaults of their generate(), output options, memory options.
+    # Fields that change nothing about the model's function: names, versions, token ids (the vocabulary's and
+    # the decoder's concern), defaults of their generate(), output options, memory options.
     _INERT = """
-        _name_or_path architectures model_type transformers_version torch_dtype dtype auto_map use_cache output_past
-        bos_token_id eos_token_id pad_token_id decoder_start_token_id sep_token_id cls_token_id unk_token_id
-        forced_bos_token_id forced_eos_token_id bad_words_ids suppress_tokens begin_suppress_tokens
-        is_encoder_decoder is_decoder task_specific_params tokenizer_class prefix finetuning_task
-        id2label label2id num_labels problem_type classifier_dropout
+        _name_or_path architectures model_type transformers_version torch_dtype dtype auto_map use_cache
+        output_past bos_token_id eos_token_id pad_token_id decoder_start_token_id sep_token_id cls_token_id
+        unk_token_id forced_bos_token_id forced_eos_token_id bad_words_ids suppress_tokens
+        begin_suppress_tokens is_encoder_decoder is_decoder task_specific_params tokenizer_class prefix
+        finetuning_task id2label label2id num_labels problem_type classifier_dropout
         return_dict return_dict_in_generate output_hidden_states output_attentions output_scores torchscript
-        max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k
-        top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
-        num_return_sequences chunk_size_feed_forward remove_invalid_values exponential_decay_length_penalty
-        use_bfloat16 tf_legacy_loss gradient_checkpointing n_positions pretraining_tp
+        max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature
+        top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+        encoder_no_repeat_ngram_size num_return_sequences chunk_size_feed_forward remove_invalid_values
+        exponential_decay_length_penalty use_bfloat16 tf_legacy_loss gradient_checkpointing n_positions
+        pretraining_tp
         """
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
@@ -207,7 +209,8 @@ def _t5_rows(config: TransformerConfig) -> tuple[Row, ...]:
 
 def _t5_config(values: Mapping[str, Any], where: str) -> TransformerConfig:
     fields = Fields(values, where)
-    # Files of T5 1.0 were written before some of these fields existed, hence the defaults (those of T5Config).
+    # Files of T5 1.0 were written before some of these fields existed, hence the defaults (those of
+    # T5Config).
     written = fields.get("feed_forward_proj", "relu")
     gate, _, theirs = str(written).rpartition("-")
     if written == "gated-gelu":
@@ -290,7 +293,7 @@ def _llama_rows(config: TransformerConfig) -> tuple[Row, ...]:
 
 
 def _rope_theta(fields: Fields) -> float:
-    """The base of the rotary embedding, as transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters) writes it."""
+    """The rotary base, as transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters) writes it."""
     theta = fields.get("rope_theta", 10_000.0)
     for name in ("rope_scaling", "rope_parameters"):
         settings = fields.get(name)
@@ -342,8 +345,8 @@ def _llama_save(config: TransformerConfig) -> dict[str, Any]:
         raise UserError(f"a Hugging Face LLaMA cannot have activations = {config.activations}: it is gated")
     if config.d_model % config.num_heads:
         raise UserError(
-            f"a Hugging Face LLaMA cannot have d_model = {config.d_model} with num_heads = {config.num_heads}: "
-            "transformers wants a multiple"
+            f"a Hugging Face LLaMA cannot have d_model = {config.d_model} with num_heads = "
+            f"{config.num_heads}: transformers wants a multiple"
         )
     theirs = {
         "vocab_size": config.vocab_size,

@@ -1,4 +1,4 @@
-"""One layer: self-attention, cross-attention in a decoder that has an encoder, MLP; each normalised first and added.
+"""One layer: self-attention, cross-attention where there is an encoder, MLP; each normalised first and added.
 
 All families share these modules; what differs is a field of TransformerConfig.
 """
@@ -57,7 +57,7 @@ def _projection(
 
 
 class Attention(nn.Module):
-    """Multi-head attention with its projections; kernels `[embed, heads, head_dim]` and `[heads, head_dim, embed]`."""
+    """Multi-head attention; kernels `[embed, heads, head_dim]`, the output's `[heads, head_dim, embed]`."""
 
     config: TransformerConfig
 
@@ -123,7 +123,7 @@ class Attention(nn.Module):
     def cached(
         self, query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array, bias: jax.Array | None
     ) -> jax.Array:
-        """Attention of `query` to cached keys and values `[batch, kv_heads, slots, head_dim]`; `[batch, queries, embed]`."""
+        """Attention to the cache `[batch, kv_heads, slots, head_dim]`; `[batch, queries, embed]`."""
         context = cached_attention(
             query, key, value, visible, bias=bias, scale=self._scale, precision=self.config.precision
         )
@@ -131,7 +131,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """activation(x · input) · output, or activation(x · input) ∘ activation'(x · gate) · output (Shazeer 2020)."""
+    """f(x · inputs_0) · output, or (f(x · inputs_0) ∘ g(x · inputs_1)) · output (Shazeer 2020)."""
 
     config: TransformerConfig
 
@@ -154,7 +154,7 @@ class Mlp(nn.Module):
 
 
 class Layer(nn.Module):
-    """One layer of an encoder (causal False), of a decoder-only model (causal), or of a decoder (causal and cross)."""
+    """A layer of an encoder (causal False), of a decoder-only model (causal), or of a decoder (and cross)."""
 
     config: TransformerConfig
     causal: bool
@@ -213,7 +213,7 @@ class Layer(nn.Module):
         return constrain(x + self.dropout(y, deterministic=deterministic), ("batch", "length", "embed"))
 
     def cross_keys_values(self, encoded: jax.Array, dtype: Any) -> LayerCache:
-        """Keys and values of the encoder's output, `[batch, kv_heads, keys, head_dim]`: computed once per input."""
+        """Keys and values of the encoder's output, `[batch, kv_heads, keys, head_dim]`: computed once."""
         key, value = self.cross_attention.keys_values(encoded, None)
         return {
             "cross_key": key.swapaxes(1, 2).astype(dtype),
@@ -231,7 +231,7 @@ class Layer(nn.Module):
         visible: jax.Array,
         encoder_visible: jax.Array | None,
     ) -> tuple[jax.Array, LayerCache]:
-        """The layer on new tokens x `[batch, tokens, embed]`, whose keys and values go to the cache's slots from `slot` on."""
+        """The layer on new tokens x `[batch, tokens, embed]`; their keys go to the cache from `slot` on."""
         y = self.attention_norm(x)
         query = self.attention.queries(y, angles)
         key, value = self.attention.keys_values(y, angles)  # [batch, tokens, kv_heads, head_dim]

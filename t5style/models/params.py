@@ -14,12 +14,13 @@ from t5style.nn.stack import unstack
 def _boxed(config: TransformerConfig, key: jax.Array) -> Any:
     tokens = jnp.zeros((1, 1), jnp.int32)
     encoder_tokens = tokens if config.encoder_layers else None
-    # Scanned, whatever the config says: unrolling 32 layers here traces for seconds, and the parameters are the same.
+    # Scanned, whatever the config says: unrolling 32 layers here traces for seconds, and the parameters are
+    # the same.
     return Transformer(config.replace(scan_layers=True)).init(key, tokens, encoder_tokens)["params"]
 
 
 def init_params(config: TransformerConfig, key: jax.Array) -> Any:
-    """Initial parameters from a random key; under jit with out_shardings, each device makes its own part only.
+    """Initial parameters from a random key; under jit with out_shardings each device makes its part only.
 
     The values do not depend on the sharding, nor on scan_layers.
     """
@@ -32,7 +33,7 @@ def abstract_params(config: TransformerConfig) -> Any:
 
 
 def logical_axes(config: TransformerConfig) -> Any:
-    """A tree like the parameters' with, for each, the logical names of its dimensions, as ('layers', 'embed', 'mlp')."""
+    """A tree like the parameters' of logical names, as ('layers', 'embed', 'mlp') for a stacked kernel."""
     boxed = jax.eval_shape(lambda key: _boxed(config, key), jax.random.key(0))
     return jax.tree.map(lambda box: box.names, boxed, is_leaf=is_named)
 
@@ -48,7 +49,8 @@ def count_params(config_or_params: Any) -> int:
 def unstack_layers(config: TransformerConfig, params: Any) -> Any:
     """The parameters with each stack's layers as a tuple of one tree per layer, for decoding loops.
 
-    A loop that reads one layer of a stacked array may copy that layer at every step; of separate arrays it does not.
+    A loop that reads one layer of a stacked array may copy that layer at every step; of separate arrays it
+    does not.
     """
     stacks = {"encoder": config.encoder_layers, "decoder": config.decoder_layers}
     return params | {
@@ -63,9 +65,10 @@ def flops_per_example(
 ) -> float:
     """Floating-point operations of the matrix products for one row of a batch.
 
-    Convention (Kaplan et al. 2020; Chowdhery et al. 2022, appendix B): two per multiply-add; forward only, or three
-    times that for training (recomputation not counted); the head counts, the embedding's lookup does not; norms,
-    softmax and activations do not; causal attention counts half of its scores. Padding counts as tokens do.
+    Convention (Kaplan et al. 2020; Chowdhery et al. 2022, appendix B): two per multiply-add; forward only, or
+    three times that for training (recomputation not counted); the head counts, the embedding's lookup does
+    not; norms, softmax and activations do not; causal attention counts half of its scores. Padding counts as
+    tokens do.
     """
     heads, width, d, ff = config.num_heads, config.heads_width, config.d_model, config.d_ff
     query_output = 2 * d * heads * width  # weights of the two projections on the side of the queries
@@ -91,7 +94,7 @@ def flops_per_example(
 def flops_per_token(
     config: TransformerConfig, decoder_length: int, encoder_length: int = 0, *, training: bool = True
 ) -> float:
-    """flops_per_example divided by the row's tokens, decoder's and encoder's together (6 N + attention in training)."""
+    """flops_per_example divided by the row's tokens, both sides together (6 N + attention in training)."""
     if config.encoder_layers and not encoder_length:
         raise ValueError("the FLOPs of an encoder-decoder depend on encoder_length: give it")
     tokens = decoder_length + (encoder_length if config.encoder_layers else 0)

@@ -1,4 +1,4 @@
-"""The Transformer: encoder-decoder and decoder-only models of every family, as a TransformerConfig describes them."""
+"""The Transformer: encoder-decoder and decoder-only models of every family."""
 
 import functools
 from typing import Any
@@ -23,8 +23,9 @@ Cache = dict[str, Any]
 class Stack(nn.Module):
     """The layers of an encoder or a decoder, their shared relative bias, and the norm after them.
 
-    The layers' parameters are one tree of arrays `[layers, ...]`, whether they are scanned or unrolled. For decoding they
-    may be given as a tuple of one tree per layer (models/params.unstack_layers), which saves slicing them at every step.
+    The layers' parameters are one tree of arrays `[layers, ...]`, whether they are scanned or unrolled. For
+    decoding they may be given as a tuple of one tree per layer (models/params.unstack_layers), which saves
+    slicing them at every step.
     """
 
     config: TransformerConfig
@@ -147,7 +148,7 @@ class Stack(nn.Module):
         visible: jax.Array,
         encoder_visible: jax.Array | None,
     ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
-        """All layers on new tokens x `[batch, tokens, embed]`, always unrolled: each layer's cache is updated in place."""
+        """All layers on new tokens `[batch, tokens, embed]`, unrolled: caches are updated in place."""
         bias = None
         if self.config.positions == "relative_bias":
             bias = self.relative_bias.at(positions, slot_positions)  # [batch, heads, tokens, slots]
@@ -168,12 +169,13 @@ class Stack(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The model. `Transformer(config).apply({'params': params}, ...)`; params are plain nested dicts (models/params.py).
+    """The model: `Transformer(config).apply({'params': params}, ...)`; params: models/params.py.
 
-    Tokens are int32 `[batch, length]`. Segment ids are int32 of the same shape: 0 is padding, equal positive ids belong
-    together (packed examples), None means that every token is real. Positions matter to rotary embeddings only; the
-    relative bias goes by the distance in the row, which within a segment is the same. An id outside the vocabulary is
-    clipped to it, since a compiled program cannot raise; preflight checks the data.
+    Tokens are int32 `[batch, length]`. Segment ids are int32 of the same shape: 0 is padding, equal positive
+    ids belong together (packed examples), None means that every token is real. Positions matter to rotary
+    embeddings only; the relative bias goes by the distance in the row, which within a segment is the same. An
+    id outside the vocabulary is clipped to it, since a compiled program cannot raise; preflight checks the
+    data.
     """
 
     config: TransformerConfig
@@ -285,7 +287,8 @@ class Transformer(nn.Module):
         Args:
           decoder_input_tokens: int32 `[batch, length]`.
           encoder_input_tokens: int32 `[batch, encoder length]`, for an encoder-decoder model only.
-          decoder_positions, encoder_positions: int32, of the rotary embeddings; None counts from 0 along the row.
+          decoder_positions, encoder_positions: int32, of the rotary embeddings; None counts from 0 along the
+            row.
           decoder_segment_ids, encoder_segment_ids: int32, 0 for padding; None: every token is real.
           deterministic: no dropout; otherwise `rngs={'dropout': key}` is needed if config.dropout > 0.
         """
@@ -355,14 +358,15 @@ class Transformer(nn.Module):
     ) -> tuple[jax.Array, Cache]:
         """Logits of new tokens given what the cache holds, and the cache with them added.
 
-        One function for a prompt of many tokens and for single steps. The tokens take the cache's next `count` slots in
-        every row, so the caller keeps the sum of all counts within the cache's max_length.
+        One function for a prompt of many tokens and for single steps. The tokens take the cache's next
+        `count` slots in every row, so the caller keeps the sum of all counts within the cache's max_length.
 
         Args:
           tokens: int32 `[batch, count]`.
           cache: from models/cache.init_cache or an earlier call.
-          valid: `[batch, count]`, 0 for padding, which may stand anywhere (prompts of different lengths, padded on either
-            side); such tokens are never seen and do not advance the row's positions. None: all real.
+          valid: `[batch, count]`, 0 for padding, which may stand anywhere (prompts of different lengths,
+            padded on either side); such tokens are never seen and do not advance the row's positions. None:
+            all real.
           positions: int32 `[batch, count]`; None continues each row's count of real tokens.
 
         Returns:

@@ -1,8 +1,8 @@
 """Attention: one function, several implementations that must agree wherever a query is a real token.
 
-Masks are never arrays `[batch, queries, keys]` given from outside: packed batches say with segment ids which tokens
-belong together, and `causal` says that a token sees no later one. So every implementation can build its masks block by
-block, and one that cannot honour them must refuse.
+Masks are never arrays `[batch, queries, keys]` given from outside: packed batches say with segment ids which
+tokens belong together, and `causal` says that a token sees no later one. So every implementation can build
+its masks block by block, and one that cannot honour them must refuse.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ MASKED = -1e9
 
 @dataclasses.dataclass(frozen=True)
 class Dropout:
-    """Dropout of attention weights: each is zeroed with probability rate and the others grow by 1 / (1 - rate)."""
+    """Dropout of attention weights: each is zeroed with probability rate, others grow by 1 / (1 - rate)."""
 
     rate: float
     key: jax.Array
@@ -35,7 +35,8 @@ def mask_bias(
     """What to add to the scores: 0 where query i may see key j and MASKED elsewhere.
 
     Args:
-      query_segments, key_segments: int32 `[batch, queries]` and `[batch, keys]`, 0 for padding; both or neither.
+      query_segments, key_segments: int32 `[batch, queries]` and `[batch, keys]`, 0 for padding; both or
+        neither.
       causal: query i sees keys up to i only.
       queries, keys: lengths.
 
@@ -73,8 +74,8 @@ def attention(
       query: `[batch, queries, heads, head_dim]`.
       key, value: `[batch, keys, kv_heads, head_dim]`; head h uses key-value head h // (heads / kv_heads).
       bias: f32 `[1 or batch, heads, queries, keys]`, added to the scaled scores.
-      query_segments, key_segments: int32 `[batch, queries]`, `[batch, keys]`: a query sees keys of its own segment; 0 is
-        padding, which nothing sees. None: everything is one segment.
+      query_segments, key_segments: int32 `[batch, queries]`, `[batch, keys]`: a query sees keys of its own
+        segment; 0 is padding, which nothing sees. None: everything is one segment.
       causal: a query sees no key of a later index (only where both sides are the same sequence).
       scale: factor on the scores.
       dropout: of the weights, or None.
@@ -82,7 +83,8 @@ def attention(
       precision: as jax.lax.Precision names it.
 
     Returns:
-      `[batch, queries, heads, head_dim]` in query's dtype. What a padding query gets is finite and otherwise unspecified.
+      `[batch, queries, heads, head_dim]` in query's dtype. What a padding query gets is finite and otherwise
+      unspecified.
 
     Raises:
       ValueError: a combination the implementation cannot compute exactly.
@@ -196,7 +198,7 @@ def _dot_product(
     dropout: Dropout | None,
     precision: str,
 ) -> jax.Array:
-    """jax.nn.dot_product_attention, which compiles to cuDNN's fused attention on a GPU that has it for these shapes."""
+    """jax.nn.dot_product_attention, for which a GPU may use cuDNN's fused kernel."""
     del precision  # the library's own choice
     if dropout:
         raise ValueError(
@@ -221,7 +223,7 @@ def cached_attention(
     scale: float = 1.0,
     precision: str = "default",
 ) -> jax.Array:
-    """Attention of a few new tokens to a cache, whose layout keeps each head's keys together (1.4 to 1.9 times faster on CPU).
+    """Attention of a few new tokens to a cache, which keeps each head's keys together (models/cache.py).
 
     Args:
       query: `[batch, queries, heads, head_dim]`.

@@ -19,7 +19,8 @@ def initializer(
     Args:
       scheme: 't5' or 'normal'.
       factor: multiplies T5's standard deviations, or is the standard deviation for 'normal'.
-      part: 'embedding', 'query', 'key', 'value', 'attention_output', 'mlp_input', 'mlp_output', 'relative_bias', 'head'.
+      part: 'embedding', 'query', 'key', 'value', 'attention_output', 'mlp_input', 'mlp_output',
+        'relative_bias', 'head'.
       d_model, d_ff, heads, head_dim: the model's sizes.
     """
     if scheme == "normal":

@@ -8,7 +8,7 @@ from t5style.nn.parameter import named, ones
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · scale over the last dimension (Zhang and Sennrich 2019), in float32, returned in x's dtype."""
+    """x / rms(x) · scale over the last dimension (Zhang and Sennrich 2019), in float32; returns x's dtype."""
 
     epsilon: float
     param_dtype: str = "float32"

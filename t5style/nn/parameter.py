@@ -11,7 +11,7 @@ Init = Callable[[jax.Array, Sequence[int], Any], jax.Array]
 
 
 class Named(struct.PyTreeNode, nn.meta.AxisMetadata[jax.Array]):
-    """A parameter in a box with the logical names of its dimensions; `init` returns these, `apply` takes plain arrays.
+    """A parameter boxed with the logical names of its dimensions; `init` returns these, `apply` takes arrays.
 
     Flax has such boxes (nn.LogicallyPartitioned), which also apply sharding constraints of flax's own; here
     parallel/rules.py alone turns names into shardings.

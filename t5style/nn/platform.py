@@ -8,8 +8,8 @@ from t5style.parallel.rules import current_mesh
 def platform() -> str:
     """'cpu', 'gpu' or 'tpu': where the program being traced will run.
 
-    The mesh in force decides, because a TPU program may be compiled ahead of time on a CPU host; without one, jax's
-    default backend does.
+    The mesh in force decides, because a TPU program may be compiled ahead of time on a CPU host; without one,
+    jax's default backend does.
     """
     mesh = current_mesh()
     kind = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
@@ -19,8 +19,8 @@ def platform() -> str:
 def flatten_tokens() -> bool:
     """Whether projections see `[tokens, width]` rather than `[batch, length, width]`.
 
-    The CPU backend runs a 2-D product through a tiled kernel and is slower with more dimensions. TPU and GPU compilers
-    do as well either way, and keeping the dimensions apart lets both be sharded.
+    The CPU backend runs a 2-D product through a tiled kernel and is slower with more dimensions. TPU and GPU
+    compilers do as well either way, and keeping the dimensions apart lets both be sharded.
     """
     return platform() == "cpu"
 
@@ -28,9 +28,10 @@ def flatten_tokens() -> bool:
 def scan_layers(*, remat: bool) -> bool:
     """Whether layers are scanned when the config leaves it open.
 
-    Accelerators: yes, compile time must not grow with depth. CPU: no, a loop costs 9 to 29 % there (copies in and out
-    of its state); but yes with rematerialisation, because XLA's CPU scheduler runs an unrolled recomputation early and
-    then saves no memory (measured: 10.5 MB against 10.8 MB without; in a scan 3.9 against 20.5 MB).
+    Accelerators: yes, compile time must not grow with depth. CPU: no, a loop costs 9 to 29 % there (copies in
+      and out
+    of its state); but yes with rematerialisation, because XLA's CPU scheduler runs an unrolled recomputation
+    early and then saves no memory (measured: 10.5 MB against 10.8 MB without; in a scan 3.9 against 20.5 MB).
     """
     return platform() != "cpu" or remat
 
@@ -38,8 +39,10 @@ def scan_layers(*, remat: bool) -> bool:
 def attention_implementation(*, dropout: bool) -> str:
     """The attention implementation that config.attention = 'auto' stands for.
 
-    CPU: one head at a time, so that the scores of a head stay in cache and are recomputed in the backward pass.
-    GPU: jax.nn.dot_product_attention, which compiles to cuDNN where it can; but it cannot drop attention weights.
+    CPU: one head at a time, so that the scores of a head stay in cache and are recomputed in the backward
+      pass.
+    GPU: jax.nn.dot_product_attention, which compiles to cuDNN where it can; but it cannot drop attention
+      weights.
     Others: the einsum, which the TPU compiler fuses.
     """
     kind = platform()

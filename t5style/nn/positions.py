@@ -12,11 +12,11 @@ from t5style.nn.parameter import Init, named
 def relative_bucket(
     distance: jax.Array, *, bidirectional: bool, buckets: int, max_distance: int
 ) -> jax.Array:
-    """Bucket of each relative position, as Raffel et al. 2020 section 2.1 and Mesh TensorFlow's _relative_position_bucket.
+    """Bucket of each relative position (Raffel et al. 2020, section 2.1; Mesh TensorFlow's rule).
 
-    Half of the buckets hold one distance each, the other half hold ranges that grow by a constant factor up to
-    max_distance; all that is farther shares the last. Bidirectional: half of the buckets for each direction.
-    Otherwise the future shares bucket 0 with distance 0 (it is masked anyway).
+    Half of the buckets hold one distance each, the other half hold ranges that grow by a constant factor up
+    to max_distance; all that is farther shares the last. Bidirectional: half of the buckets for each
+    direction. Otherwise the future shares bucket 0 with distance 0 (it is masked anyway).
 
     Args:
       distance: key position minus query position, int32 of any shape.
@@ -35,8 +35,8 @@ def relative_bucket(
     else:
         distance = jnp.maximum(-distance, 0)
     exact = buckets // 2
-    # The published rule takes the floor of a logarithm. Comparing with the distances at which each range begins gives
-    # the same buckets without depending on how a device rounds its logarithm.
+    # The published rule takes the floor of a logarithm. Comparing with the distances at which each range
+    # begins gives the same buckets without depending on how a device rounds its logarithm.
     growth = (max_distance / exact) ** (1 / (buckets - exact))
     starts = [math.ceil(exact * growth**k - 1e-6) for k in range(1, buckets - exact)]
     wide = exact + sum((distance >= start).astype(jnp.int32) for start in starts)
@@ -68,8 +68,9 @@ class RelativeBias(nn.Module):
     def between(self, queries: int, keys: int) -> jax.Array:
         """Bias when query i and key j stand at positions i and j: f32 `[1, heads, queries, keys]`.
 
-        Only queries + keys - 1 distances occur, so that many rows are looked up, and each query's row of the result is a
-        window of them; the gradient is then a sum over windows and not a scatter of queries × keys updates.
+        Only queries + keys - 1 distances occur, so that many rows are looked up, and each query's row of the
+        result is a window of them; the gradient is then a sum over windows and not a scatter of queries ×
+        keys updates.
         """
         width = queries + keys
         line = self._values(
@@ -83,13 +84,13 @@ class RelativeBias(nn.Module):
         return rows[None, :, :, queries - 1 :]  # [1, heads, queries, keys]
 
     def at(self, query_positions: jax.Array, key_positions: jax.Array) -> jax.Array:
-        """Bias for any positions, int32 `[batch, queries]` and `[batch, keys]`: f32 `[batch, heads, queries, keys]`."""
+        """Bias for int32 `[batch, queries]` and `[batch, keys]`: f32 `[batch, heads, queries, keys]`."""
         distance = key_positions[:, None, :] - query_positions[:, :, None]  # [batch, queries, keys]
         return self._values(distance).transpose(0, 3, 1, 2)
 
 
 def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines f32 `[batch, length, 1, head_dim / 2]` of positions int32 `[batch, length]` (Su et al. 2021)."""
+    """Cosines, sines f32 `[batch, length, 1, head_dim / 2]` of int32 `[batch, length]` (Su et al. 2021)."""
     frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)  # [head_dim / 2]
     angle = positions.astype(jnp.float32)[:, :, None, None] * frequency
     return jnp.cos(angle), jnp.sin(angle)
@@ -98,8 +99,8 @@ def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[ja
 def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotary embedding of x `[batch, length, heads, head_dim]`, in float32, returned in x's dtype.
 
-    Dimension i turns with dimension i + head_dim / 2: the order of the Hugging Face LLaMA checkpoints ("rotate half"),
-    not the neighbouring pairs of the paper.
+    Dimension i turns with dimension i + head_dim / 2: the order of the Hugging Face LLaMA checkpoints
+    ("rotate half"), not the neighbouring pairs of the paper.
     """
     cosine, sine = angles
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

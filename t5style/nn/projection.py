@@ -1,4 +1,4 @@
-"""The one place every product with a weight passes: precision, dtypes, and (later) quantisation and adapters."""
+"""The one place every product with a weight passes; precision and dtypes are decided here."""
 
 import math
 from typing import Any

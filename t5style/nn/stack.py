@@ -13,7 +13,7 @@ QKV = ("query", "key", "value")
 
 
 def remat(layer: Layer[Carry], policy: str, *, scanned: bool) -> Layer[Carry]:
-    """The layer with the backward pass recomputing what `policy` does not keep (see TransformerConfig.remat)."""
+    """The layer, its backward pass recomputing what `policy` does not keep (see TransformerConfig.remat)."""
     if policy == "none":
         return layer
     policies = jax.checkpoint_policies
@@ -55,7 +55,8 @@ def run_layers(
 
     Args:
       layer: one layer as a pure function.
-      params: a tree of arrays `[layers, ...]`, or a tuple of one tree per layer (then they are never scanned).
+      params: a tree of arrays `[layers, ...]`, or a tuple of one tree per layer (then they are never
+        scanned).
       carry: what the first layer gets.
       layers: how many.
       keys: random keys `[layers]` or None.

@@ -1,6 +1,6 @@
 """Writes tests/models/golden.
 
-python -m tests.models.make_golden shapes    # parameter shapes and names of presets; a change is a change of format
+python -m tests.models.make_golden shapes    # parameter shapes and names of presets: our format
 python -m tests.models.make_golden models    # tiny models made by transformers: weights, inputs, logits, loss
 """
 
@@ -18,11 +18,11 @@ SIZES = {"vocab_size": VOCABULARY, "d_model": 16, "d_kv": 6, "d_ff": 24, "num_la
 MODELS = {
     "t5_1_0": {"model_type": "t5", **SIZES, "num_decoder_layers": 3},
     "t5_1_1": {"model_type": "t5", **SIZES, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
-    "llama": {"model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24,
-              "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_act": "silu",
-              "rms_norm_eps": 1e-5, "rope_theta": 5000.0, "tie_word_embeddings": False},
-    "llama_tied": {"model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24,
-                   "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 8, "hidden_act": "silu",
+    "llama": {"model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 16,
+              "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+              "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 5000.0, "tie_word_embeddings": False},
+    "llama_tied": {"model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 16,
+                   "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 8, "hidden_act": "silu",
                    "rms_norm_eps": 1e-6, "tie_word_embeddings": True},
 }  # fmt: skip
 
@@ -35,7 +35,7 @@ def inputs(kind: str) -> dict[str, np.ndarray]:
     arrays = {"tokens": tokens, "mask": mask}
     arrays["labels"] = np.where(mask, rng.integers(2, VOCABULARY, (3, 9)), -100)
     if kind.startswith("llama"):
-        # Their loss has each token foretold by the one before it, which must be real: padding's logits mean nothing.
+        # Their loss has each token foretold by the one before it, which must be real.
         arrays["labels"][:, 1:][mask[:, :-1] == 0] = -100
     if kind.startswith("t5"):
         arrays["encoder_tokens"] = rng.integers(2, VOCABULARY, (3, 25))  # farther than the last bucket begins
@@ -62,7 +62,7 @@ def make_model(kind: str, seed: int = 0):
             elif kind.startswith("llama"):
                 parameter.normal_(0, 0.2)
         if kind == "t5_1_1":
-            # transformers 5 ties on construction whatever the config says, and unties only checkpoints that hold a head.
+            # transformers 5 ties on construction whatever the config says, and unties what holds a head.
             model.lm_head.weight = torch.nn.Parameter(torch.randn(VOCABULARY, 16) * 0.3)
     return model.eval()
 

@@ -10,7 +10,7 @@ SLOTS, LENGTH, SOURCE = 12, 10, 7
 
 
 def setup(kind, rows=3, dtype=None):
-    """params, decoder tokens, logits of the whole rows without a cache, a function that makes an empty cache."""
+    """params, decoder tokens, logits of whole rows without a cache, a function making an empty cache."""
     config = KINDS[kind]
     params = params_of(config)
     tokens = tokens_of(config, rows, LENGTH)

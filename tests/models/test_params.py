@@ -57,7 +57,7 @@ def test_published_parameter_counts(name):
 
 @pytest.mark.parametrize("name", ["t5_small", "t5_1_1_base", "llama3_8b"])
 def test_shapes_and_names_are_the_golden_ones(name):
-    """Checkpoints depend on these: a change is a change of format. `make_golden.py shapes` writes the files."""
+    """Checkpoints depend on these: a change is a change of format. make_golden.py writes them."""
     assert described(presets.PRESETS[name]()) == json.loads((GOLDEN / f"{name}.json").read_text())
 
 
@@ -135,7 +135,7 @@ def test_unstacked_layers():
 
 
 def test_flops_follow_the_stated_convention():
-    # Decoder-only: 6 per weight that multiplies (all but the embedding's lookup and the norms), plus attention.
+    # Decoder-only: 6 per weight that multiplies (not the embedding, not the norms), plus attention.
     config = LLAMA.replace(tie_embeddings=False)
     weights = sum(math.prod(shape) for path, (shape, _, _) in described(config).items() if "kernel" in path)
     length = 100

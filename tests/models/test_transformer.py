@@ -185,8 +185,7 @@ def test_tied_scaled_logits_are_those_of_the_embedding():
     ("config", "arrays", "message"),
     [
         (T5, {"decoder_input_tokens": np.zeros((1, 2), np.int32)}, "needs encoder_input_tokens"),
-        (LLAMA, {"decoder_input_tokens": np.zeros((1, 2), np.int32), "encoder_input_tokens": np.zeros((1, 2), np.int32)},
-         "takes no encoder_input_tokens"),
+        (LLAMA, inputs(T5), "takes no encoder_input_tokens"),
     ],
 )  # fmt: skip
 def test_inputs_of_the_other_architecture_are_refused(config, arrays, message):

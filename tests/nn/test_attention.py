@@ -32,7 +32,7 @@ def by_hand(query, key, value, bias, query_segments, key_segments, causal, scale
 
 
 def make(kind, kv_heads, dtype=np.float32):
-    """Arguments of attention for packed self-attention, with or without causality, or packed cross-attention."""
+    """Arguments of attention for packed self-attention (full or causal) or packed cross-attention."""
     rng = np.random.default_rng(7)
     keys = KEYS if kind == "cross" else QUERIES
     arrays = {

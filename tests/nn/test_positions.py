@@ -10,7 +10,7 @@ from t5style.nn.positions import RelativeBias, relative_bucket, rotary_angles, r
 
 
 def published_bucket(distance: int, bidirectional: bool, buckets: int, max_distance: int) -> int:
-    """The rule as Raffel et al. and Mesh TensorFlow state it: floor of a logarithm (with room for its rounding)."""
+    """The rule as Raffel et al. and Mesh TensorFlow state it: floor of a logarithm (room for its rounding)."""
     bucket = 0
     back = -distance
     if bidirectional:
