@@ -141,7 +141,7 @@ def make_train_step(
             )
         scale = 1.0 / jnp.maximum(weight, 1.0)
         grads = jax.tree.map(lambda g: g * scale, grads)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         finite = jnp.isfinite(total) & jnp.isfinite(norm)

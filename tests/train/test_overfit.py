@@ -11,7 +11,7 @@ from t5style.train.optimizer import Optimizer
 from t5style.train.schedules import Schedule
 from t5style.train.step import LanguageModelLoss, make_eval_step, make_train_step
 
-STEPS = 60
+STEPS = 80
 
 
 def examples(
@@ -39,7 +39,7 @@ def test_t5_small_overfits_32_examples() -> None:
     # All of T5-small but the vocabulary; scanned layers compile in a fraction of the time.
     config = presets.t5_small().replace(vocab_size=128, dtype="float32", dropout=0.0, scan_layers=True)
     assert (config.d_model, config.encoder_layers, config.decoder_layers) == (512, 6, 6)
-    schedule = Schedule("linear", 1e-3, warmup_steps=10)
+    schedule = Schedule("linear", 3e-4, warmup_steps=10)
     transform = Optimizer(learning_rate=schedule, b2=0.98).build(state_lib.logical_axes(config), STEPS)
     state = state_lib.init_state(config, transform, MeshConfig(devices=1).build())
     loss = LanguageModelLoss(config)
@@ -49,7 +49,7 @@ def test_t5_small_overfits_32_examples() -> None:
     for _ in range(STEPS):
         state, metrics = step(state, batch, key)
         losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
-        if losses[-1] < 0.005:
+        if losses[-1] < 0.009:
             break
     assert losses[0] > 3.0
     total, weight = jax.jit(make_eval_step(loss))(state.params, batch)["loss"]

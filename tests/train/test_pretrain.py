@@ -245,7 +245,7 @@ def test_another_seed_or_dataset_is_no_resume(store: str, tmp_path: pathlib.Path
 
 
 def test_a_mixture_is_evaluated_task_by_task(store: str, tmp_path: pathlib.Path) -> None:
-    base = job(store, steps=2, eval_split="validation", eval_batches=1)
+    base = job(store, steps=3, eval_split="validation", eval_batches=1)
     assert isinstance(base.task, Task)
     both = Mixture("both", [base.task, Task("prefix", store, PrefixLM())], rates=[3.0, 1.0])
     figures = run(dataclasses.replace(base, task=both), tmp_path)
