@@ -1,9 +1,11 @@
-"""Writes golden/t5, golden/t5_1_1 and golden/llama: tiny Hugging Face directories and what transformers says of them.
+"""Writes golden/t5, golden/t5_1_1 and golden/llama: tiny Hugging Face directories and what transformers says
+of them.
 
     python tests/infer/make_golden.py        (needs torch and transformers)
 
-Each holds config.json, generation_config.json, model.safetensors and expected.npz: padded token arrays, masks, logits,
-greedy answers. The weights are random and large, so that the answers vary and no two logits nearly tie.
+Each holds config.json, generation_config.json, model.safetensors and expected.npz: padded token arrays,
+masks, logits, greedy answers. The weights are random and large, so that the answers vary and no two logits
+nearly tie.
 """
 
 from __future__ import annotations
@@ -54,15 +56,17 @@ def make(name: str) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:
-                # T5 does not scale its attention: with larger queries and keys it would be so sharp that rounding
-                # decides. Large values keep the answers from repeating themselves.
+                # T5 does not scale its attention: with larger queries and keys it would be so sharp that
+                # rounding decides. Large values keep the answers from repeating themselves.
                 sharp = ".q." in name or ".k." in name
                 parameter.normal_(0, 0.15 if sharp else 1.0 if "relative" in name else 0.5)
     return model
 
 
 def inputs() -> dict[str, np.ndarray]:
-    """Tokens int [4, 11] with padding on the left of some rows and on the right of others, and decoder inputs."""
+    """Tokens int [4, 11] with padding on the left of some rows and on the right of others, and decoder
+    inputs.
+    """
     random = np.random.default_rng(3)
     tokens = random.integers(3, VOCAB, (4, 11))
     mask = np.ones_like(tokens)
@@ -76,7 +80,9 @@ def inputs() -> dict[str, np.ndarray]:
 
 
 def expected(model: Any) -> dict[str, np.ndarray]:
-    """Logits for both paddings, and greedy answers (left padding: what generate needs of a decoder-only model)."""
+    """Logits for both paddings, and greedy answers (left padding: what generate needs of a decoder-only
+    model).
+    """
     import torch
 
     given = inputs()

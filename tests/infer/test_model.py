@@ -71,7 +71,7 @@ def test_special_ids_come_from_the_directory(tmp_path):
     m = t5style.load(tmp_path)
     assert m.ids.eos == (7, 2)
     with pytest.raises(
-        ValueError, match="prompt 0 has 120 tokens, with max_new_tokens 9 that is 129, but .* 128"
+        ValueError, match=r"prompt 0 has 120 tokens, with max_new_tokens 9 that is 129, but .* 128"
     ):
         m.generate_tokens(np.full((1, 120), 5), max_new_tokens=9)
 
@@ -209,12 +209,12 @@ def test_what_is_no_model_is_said(tmp_path):
 
 def test_a_vocabulary_larger_than_the_model_is_refused(tmp_path):
     m = tiny("encoder_decoder")
-    with pytest.raises(UserError, match="the vocabulary has 264 ids but the model .* only 200 embeddings"):
+    with pytest.raises(UserError, match=r"the vocabulary has 264 ids but the model .* only 200 embeddings"):
         Model(m.config.replace(vocab_size=200), m.params, m.vocabulary)
     for file in (GOLDEN / "t5").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     CharacterVocabulary("".join(map(chr, range(100, 400)))).save(tmp_path)
-    with pytest.raises(UserError, match="the vocabulary has 303 ids but the model .* only 64"):
+    with pytest.raises(UserError, match=r"the vocabulary has 303 ids but the model .* only 64"):
         t5style.load(tmp_path)
 
 
