@@ -264,7 +264,7 @@ def _write_shards(folder: Path, tensors: Iterator[tuple[str, np.ndarray]]) -> No
     if len(shards) == 1:
         (folder / "1.part").rename(folder / _SINGLE)
         return
-    placed = {}
+    placed: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"{number}.part").rename(folder / file)

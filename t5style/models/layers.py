@@ -145,10 +145,11 @@ class Mlp(nn.Module):
 
     def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
         """`[batch, length, embed] -> [batch, length, embed]`."""
-        hidden = None
-        for projection, name in zip(self.inputs, self.config.activations, strict=True):
-            factor = _FUNCTIONS[name](checkpoint_name(projection(x), "mlp_hidden"))
-            hidden = factor if hidden is None else hidden * factor
+        factors = [
+            _FUNCTIONS[name](checkpoint_name(projection(x), "mlp_hidden"))
+            for projection, name in zip(self.inputs, self.config.activations, strict=True)
+        ]
+        hidden = factors[0] * factors[1] if self.config.gated else factors[0]
         hidden = constrain(hidden, ("batch", "length", "mlp"))
         return self.output(self.dropout(hidden, deterministic=deterministic))
 
@@ -196,6 +197,8 @@ class Layer(nn.Module):
         )
         x = self._add(x, y, deterministic)
         if self.cross:
+            if encoded is None:
+                raise ValueError("a decoder layer with cross-attention needs the encoder's output")
             y = self.cross_attention(
                 self.cross_attention_norm(x),
                 encoded,

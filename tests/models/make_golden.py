@@ -15,15 +15,15 @@ VOCABULARY = 48
 # Their config.json fields, as transformers 4 wrote them for published checkpoints.
 SIZES = {"vocab_size": VOCABULARY, "d_model": 16, "d_kv": 6, "d_ff": 24, "num_layers": 2, "num_heads": 4,
          "relative_attention_num_buckets": 8, "relative_attention_max_distance": 20}  # fmt: skip
+LLAMA = {"model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24,
+         "num_attention_heads": 4, "hidden_act": "silu"}  # fmt: skip
 MODELS = {
     "t5_1_0": {"model_type": "t5", **SIZES, "num_decoder_layers": 3},
     "t5_1_1": {"model_type": "t5", **SIZES, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
-    "llama": {"model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 16,
-              "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-              "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 5000.0, "tie_word_embeddings": False},
-    "llama_tied": {"model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 16,
-                   "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 8, "hidden_act": "silu",
-                   "rms_norm_eps": 1e-6, "tie_word_embeddings": True},
+    "llama": {**LLAMA, "num_hidden_layers": 2, "num_key_value_heads": 2, "rms_norm_eps": 1e-5,
+              "rope_theta": 5000.0, "tie_word_embeddings": False},
+    "llama_tied": {**LLAMA, "num_hidden_layers": 1, "head_dim": 8, "rms_norm_eps": 1e-6,
+                   "tie_word_embeddings": True},
 }  # fmt: skip
 
 

@@ -226,7 +226,7 @@ def test_damaged_and_missing_files_are_errors_naming_them(tmp_path):
         (T5.replace(scale_attention=True), "cannot have scale_attention = True"),
         (T5.replace(activations=("gelu_exact", "linear")), "cannot have activations"),
         (T5.replace(scale_logits=True), "T5 with an untied head cannot have scale_logits = True"),
-        (T5.replace(num_kv_heads=2), "cannot have kv_heads = 2"),
+        (T5.replace(num_kv_heads=1), "cannot have kv_heads = 1"),
         (T5.replace(positions="rope"), "cannot have positions = 'rope'"),
         (LLAMA.replace(activations=("relu",)), "cannot have activations"),
         (LLAMA.replace(positions="relative_bias"), "cannot have positions = 'relative_bias'"),

@@ -10,11 +10,11 @@ from t5style.models.params import init_params
 from t5style.models.transformer import Transformer
 
 T5 = TransformerConfig(
-    vocab_size=61, d_model=16, d_ff=24, num_heads=4, head_dim=6, encoder_layers=2, decoder_layers=3,
+    vocab_size=61, d_model=16, d_ff=24, num_heads=2, head_dim=6, encoder_layers=2, decoder_layers=2,
     relative_buckets=8, relative_max_distance=20, dtype="float32",
 )  # fmt: skip
 LLAMA = TransformerConfig(
-    vocab_size=61, d_model=16, d_ff=24, num_heads=4, num_kv_heads=2, decoder_layers=3, positions="rope",
+    vocab_size=61, d_model=16, d_ff=24, num_heads=4, num_kv_heads=2, decoder_layers=2, positions="rope",
     activations=("silu", "linear"), scale_attention=True, tie_embeddings=True, init="normal", init_scale=0.2,
     dtype="float32",
 )  # fmt: skip
