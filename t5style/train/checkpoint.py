@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import threading
 import zlib
 from collections.abc import Callable, Mapping
@@ -48,7 +49,7 @@ class Checkpointer:
         keep_every: int | None = None,
         best_metric: str | None = None,
     ) -> None:
-        self.folder = epath.Path(folder)
+        self.folder = _absolute(folder)
         policies: list[Any] = [managers.LatestN(keep)]
         if keep_every is not None:
             policies.append(managers.EveryNSteps(keep_every))
@@ -228,6 +229,11 @@ class _Told:
 # --- the files of a checkpoint ---
 
 
+def _absolute(path: epath.PathLike) -> epath.Path:
+    """Orbax refuses relative paths."""
+    return epath.Path(os.path.abspath(path)) if run_dir.is_local(path) else epath.Path(path)
+
+
 def all_steps(folder: epath.PathLike) -> list[int]:
     """Steps of the committed checkpoints in a folder, in no order; empty if there is no folder."""
     path = epath.Path(folder)
@@ -326,7 +332,7 @@ def restore(path: epath.PathLike, abstract_state: Any) -> tuple[Any, dict[str, A
     Raises:
       UserError: the checkpoint's parameters or optimiser state are not of these names and shapes.
     """
-    path = epath.Path(path)
+    path = _absolute(path)
     metadata = read_metadata(path)
     _compare(path, abstract_state, _saved_tree(path))
     with ocp.StandardCheckpointer() as reader:
@@ -375,7 +381,7 @@ def restore_params(
     Raises:
       UserError: no checkpoint there, a damaged one, or one of another architecture.
     """
-    folder = find(path)
+    folder = _absolute(find(path))
     saved = _saved_tree(folder)["params"]
     if abstract is not None:
         _compare(folder, {"params": abstract}, {"params": saved})

@@ -70,6 +70,16 @@ def test_round_trip(tmp_path: pathlib.Path) -> None:
     assert Checkpointer(tmp_path / "nothing").restore_latest(abstract(state(0))) is None
 
 
+def test_relative_folders(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save(pathlib.Path("run/checkpoints"), 2)
+    restored = Checkpointer("run/checkpoints").restore_latest(abstract(state(0)))
+    assert restored is not None
+    assert_same(restored[0], state(2))
+    assert_same(checkpoint.restore("run/checkpoints/2", abstract(state(0)))[0], state(2))
+    assert_same(checkpoint.restore_params("run"), state(2).params)
+
+
 def test_saving_copies_before_it_returns(tmp_path: pathlib.Path) -> None:
     """The next step donates the state's buffers while the save is still writing."""
     step = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 + 1, s), donate_argnums=0)
