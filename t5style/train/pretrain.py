@@ -328,7 +328,7 @@ class Pretrain:
         shard, shards = rules.host_shard(mesh)
         put = functools.partial(rules.put_batch, mesh=mesh)
         # A typed key on every device of the mesh, once: the hot loop moves nothing but batches.
-        key = jax.device_put(jax.random.key(self.seed), mesh_lib.replicated(mesh))
+        key = jax.jit(lambda: jax.random.key(self.seed), out_shardings=mesh_lib.replicated(mesh))()
         with goodput.timed("compile"):
             example = put(source.batch_at(0, shard, shards))
             compiled = step.lower(state, example, key).compile()

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax.sharding import Mesh
@@ -109,15 +110,18 @@ def init_state(
     if params is None:
         make = jax.jit(lambda key: _fresh(config, optimizer, key), out_shardings=shardings)
         return make(jax.random.key(seed))
-    params = jax.tree.map(
-        lambda p, like, sharding: jax.device_put(p.astype(like.dtype), sharding),
-        params,
-        abstract.params,
-        shardings.params,
-    )
+    params = jax.tree.map(_place, params, abstract.params, shardings.params)
     make_opt = jax.jit(optimizer.init, out_shardings=shardings.opt_state)
-    step = jax.device_put(jnp.int32(0), shardings.step)
+    step = jax.jit(lambda: jnp.int32(0), out_shardings=shardings.step)()
     return TrainState(step=step, params=params, opt_state=make_opt(params))
+
+
+def _place(value: Any, like: Any, sharding: Any) -> jax.Array:
+    """An array of the state from one that may lie elsewhere; every process gives its own devices their parts."""
+    if isinstance(value, jax.Array) and value.sharding == sharding and value.dtype == like.dtype:
+        return value
+    whole = np.asarray(value, like.dtype)
+    return jax.make_array_from_callback(like.shape, sharding, lambda index: whole[index])
 
 
 def _fresh(config: TransformerConfig, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
