@@ -7,6 +7,9 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Eight devices waiting for each other on two cores need more threads than XLA makes: see
+# `parallel.distributed.give_cpu_devices_threads`.
+os.environ.setdefault("PJRT_NPROC", "64")
 # Many tests compile the same tiny programs, several of them in processes of their own: compile once.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(tempfile.gettempdir()) / "t5style-jax-cache")

@@ -107,6 +107,24 @@ def test_tpu_vm_metadata(monkeypatch):
         server.shutdown()
 
 
+@pytest.mark.parametrize(
+    ("flags", "before", "after"),
+    [
+        ("--xla_force_host_platform_device_count=4", None, "32"),
+        ("--xla_force_host_platform_device_count=4", "7", "7"),
+        ("--xla_force_host_platform_device_count=1", None, None),
+        ("", None, None),
+    ],
+)
+def test_cpu_devices_get_threads_enough(monkeypatch, flags, before, after):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    monkeypatch.setenv("PJRT_NPROC", before or "")
+    if before is None:
+        monkeypatch.delenv("PJRT_NPROC")
+    distributed.give_cpu_devices_threads()
+    assert os.environ.get("PJRT_NPROC") == after
+
+
 def test_timeout_must_be_a_number(monkeypatch):
     monkeypatch.setenv("T5STYLE_STARTUP_TIMEOUT", "soon")
     with pytest.raises(StartupError, match="T5STYLE_STARTUP_TIMEOUT='soon' must be a number of seconds"):

@@ -1,4 +1,5 @@
-"""What the compiler makes of the sharding rules: read in the compiled training step, on CPU and for a described TPU."""
+"""What the compiler makes of the sharding rules: read in the compiled training step, on CPU and for a
+described TPU."""
 
 import collections
 import re
@@ -49,7 +50,8 @@ def test_fsdp_gathers_parameters_and_keeps_activations_divided():
     found = collectives(text)
     # Weights, whole for as long as they are used: MLP [embed, mlp], queries [embed, heads · head_dim].
     assert "f32[32,64]" in found["all-gather"]
-    # Their gradients are summed over the devices (XLA's CPU backend has no pass that makes it a reduce-scatter).
+    # Their gradients are summed over the devices (XLA's CPU backend has no pass that makes it a
+    # reduce-scatter).
     assert {"f32[32,64]", "f32[64,32]"} <= found["all-reduce"] | found["reduce-scatter"]
     # No device ever has all rows of an activation: width of the model, of the MLP, of the vocabulary.
     for width in (config.d_model, config.d_ff, VOCABULARY):
