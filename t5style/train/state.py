@@ -117,7 +117,7 @@ def init_state(
 
 
 def _place(value: Any, like: Any, sharding: Any) -> jax.Array:
-    """An array of the state from one that may lie elsewhere; every process gives its own devices their parts."""
+    """An array of the state from one that may lie elsewhere; every process serves its own devices."""
     if isinstance(value, jax.Array) and value.sharding == sharding and value.dtype == like.dtype:
         return value
     whole = np.asarray(value, like.dtype)

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 import pytest
 
+from t5style.parallel import local
 from t5style.train import checkpoint
 
 STEPS = 20
@@ -150,6 +151,48 @@ def test_full_disk_while_saving(
         same_params(folder / "run", uninterrupted)
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_two_processes_stops_both_at_one_step(
+    store: str, tmp_path: pathlib.Path, finish: Finish
+) -> None:
+    """Two processes of two devices; the one that is not the main one gets the signal, as in a preemption."""
+    here = pathlib.Path(__file__).parent
+    mesh = {"data": 2, "fsdp": 2}
+
+    def begin(folder: pathlib.Path, **fields: Any) -> list[subprocess.Popen[str]]:
+        port = local.free_port()
+        text = json.dumps({"steps": STEPS, "mesh": mesh, "eval_split": None, **fields})
+        command = [sys.executable, str(here / "tiny_run.py"), str(folder), store, text]
+        base = os.environ | {"PYTHONPATH": str(here.parent.parent)}
+        return [
+            subprocess.Popen(
+                command,
+                env=local.environment(base, port, processes=2, process=process, devices=2),
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+            for process in range(2)
+        ]
+
+    folder = tmp_path / "run"
+    both = begin(folder, slow=0.3, checkpoint_every=None)
+    wait_for_step(folder, 3, both[0])
+    both[1].send_signal(signal.SIGTERM)
+    ends = [finish(process) for process in both]
+    assert [status for status, _, _ in ends] == [0, 0], ends
+    (stopped,) = checkpoint.all_steps(folder / "checkpoints")
+    assert f"stopped at step {stopped}; run the same command to go on" in ends[0][2]
+    assert {p.name for p in (folder / "checkpoints" / str(stopped)).glob("seal-*")} == {
+        "seal-0-of-2.json",
+        "seal-1-of-2.json",
+    }
+    ends = [finish(process) for process in begin(folder)]
+    assert [status for status, _, _ in ends] == [0, 0], ends
+    assert f"resumes this run at step {stopped} of {STEPS}" in ends[0][2]
+    assert lines(folder)[-1]["step"] == STEPS
 
 
 def test_training_loads_neither_tensorflow_nor_torch(store: str, tmp_path: pathlib.Path) -> None:

@@ -10,6 +10,7 @@ import sys
 import time
 from typing import Any
 
+import jax
 import numpy as np
 
 from t5style import run_dir
@@ -18,6 +19,8 @@ from t5style.data.objectives import CausalLM, SpanCorruption
 from t5style.data.task import Task
 from t5style.data.token_store import TokenStoreWriter
 from t5style.models.config import TransformerConfig
+from t5style.parallel import distributed
+from t5style.parallel.mesh import MeshConfig
 from t5style.train.optimizer import Optimizer
 from t5style.train.pretrain import Pretrain
 from t5style.train.schedules import Schedule
@@ -109,11 +112,15 @@ def slow_down(seconds: float) -> None:
 def main() -> int:
     """Runs the job in its folder, as launch does; prints its figures."""
     folder, store, text = sys.argv[1:4]
+    if distributed.initialize():
+        run_dir.set_process(jax.process_index())
     fields = json.loads(text)
     if batches := fields.pop("poison", None):
         poison(batches)
     if seconds := fields.pop("slow", None):
         slow_down(seconds)
+    if mesh := fields.pop("mesh", None):
+        fields["mesh"] = MeshConfig(**mesh)
     run = run_dir.RunDir(folder).create()
     with run.lock():
         try:
