@@ -41,7 +41,7 @@ class Stack(nn.Module):
                 c.relative_buckets,
                 c.relative_max_distance,
                 bidirectional=not self.causal,
-                init=init_of(c, "relative_bias"),
+                initializer=init_of(c, "relative_bias"),
                 param_dtype=c.param_dtype,
             )
         if self.has_variable(

@@ -40,12 +40,11 @@ def attention_implementation(*, dropout: bool) -> str:
     """The attention implementation that config.attention = 'auto' stands for.
 
     CPU: one head at a time, so that the scores of a head stay in cache and are recomputed in the backward
-      pass.
-    GPU: jax.nn.dot_product_attention, which compiles to cuDNN where it can; but it cannot drop attention
-      weights.
+    pass; but with dropout the einsum, because the random bits of each head are a program of their own
+    (t5_tiny compiles in 23 s of CPU time rather than 31, at the same speed).
+    GPU: jax.nn.dot_product_attention, which compiles to cuDNN where it can, but which cannot drop weights.
     Others: the einsum, which the TPU compiler fuses.
     """
-    kind = platform()
-    if kind == "cpu":
-        return "cpu"
-    return "dot_product" if kind == "gpu" and not dropout else "reference"
+    if dropout:
+        return "reference"
+    return {"cpu": "cpu", "gpu": "dot_product"}.get(platform(), "reference")

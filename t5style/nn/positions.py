@@ -50,13 +50,13 @@ class RelativeBias(nn.Module):
     buckets: int
     max_distance: int
     bidirectional: bool
-    init: Init
+    initializer: Init
     param_dtype: str = "float32"
 
     def setup(self) -> None:
         names = ("relpos_buckets", "heads")
         self.table = self.param(
-            "table", named(self.init, names), (self.buckets, self.heads), jnp.dtype(self.param_dtype)
+            "table", named(self.initializer, names), (self.buckets, self.heads), jnp.dtype(self.param_dtype)
         )
 
     def _values(self, distance: jax.Array) -> jax.Array:

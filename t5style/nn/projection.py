@@ -47,7 +47,7 @@ class Projection(nn.Module):
     Attributes:
       inner, outer: sizes of the dimensions summed over and of those made.
       names: logical axis of each of the kernel's dimensions.
-      init: the kernel's initializer.
+      initializer: the kernel's initializer.
       param_dtype: the kernel's dtype; the computation is in x's.
       precision: see project.
       out_dtype: of the result; x's by default.
@@ -56,7 +56,7 @@ class Projection(nn.Module):
     inner: tuple[int, ...]
     outer: tuple[int, ...]
     names: tuple[str, ...]
-    init: Init
+    initializer: Init
     param_dtype: str = "float32"
     precision: str = "default"
     out_dtype: str | None = None
@@ -64,7 +64,10 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param(
-            "kernel", named(self.init, self.names), (*self.inner, *self.outer), jnp.dtype(self.param_dtype)
+            "kernel",
+            named(self.initializer, self.names),
+            (*self.inner, *self.outer),
+            jnp.dtype(self.param_dtype),
         )
         return project(
             x,

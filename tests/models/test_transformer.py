@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from t5style.models.params import logical_axes
 from t5style.models.transformer import Transformer
 from t5style.parallel.mesh import MeshConfig
 from t5style.parallel.rules import param_shardings, use_mesh
@@ -143,9 +144,9 @@ def test_dropout_needs_its_key_follows_it_and_is_off_when_deterministic():
         module = Transformer(config.replace(scan_layers=scan))
         return module.apply({"params": params}, **arrays, deterministic=False, rngs={"dropout": key})
 
-    one = run(jax.random.key(1), False)
-    np.testing.assert_allclose(one, run(jax.random.key(1), True), atol=1e-5)  # scanned: the same masks
-    assert not np.allclose(one, run(jax.random.key(2), False))
+    one, two = (jax.random.key(seed, impl="rbg") for seed in (1, 2))  # much quicker to compile than threefry
+    np.testing.assert_allclose(run(one, False), run(one, True), atol=1e-5)  # scanned: the same masks
+    assert not np.allclose(run(one, False), run(two, False))
     np.testing.assert_array_equal(call(config, params, arrays), call(T5, params, arrays))
 
 
@@ -159,15 +160,11 @@ def test_bfloat16_is_near_float32_and_logits_are_float32(kind):
     assert np.abs(np.asarray(got) - want).max() < 0.05 * np.abs(want).max()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("mesh", [{"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
-def test_a_mesh_changes_no_logit(kind, mesh):
-    from t5style.models.params import logical_axes
-
-    config = KINDS[kind].replace(vocab_size=64)
+def test_a_mesh_changes_no_logit():
+    config = T5.replace(vocab_size=64)
     params, arrays = params_of(config), inputs(config, rows=4)
     want = call(config, params, arrays)
-    devices = MeshConfig(**mesh).build()
+    devices = MeshConfig(data=2, fsdp=2, tensor=2).build()
     sharded = jax.device_put(params, param_shardings(logical_axes(config), params, devices))
     with use_mesh(devices):
         got = runner(config)(sharded, **arrays)

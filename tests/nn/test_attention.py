@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from t5style.nn import platform
 from t5style.nn.attention import Dropout, attention, cached_attention, mask_bias
 
 BATCH, QUERIES, KEYS, HEADS, WIDTH = 2, 10, 12, 4, 8
@@ -180,3 +181,18 @@ def test_cached_attention_equals_the_reference(kv_heads):
     got = cached_attention(arrays["query"], key, value, (mask == 0)[:, 0], bias=bias, scale=0.3)
     real = QUERY_SEGMENTS > 0
     np.testing.assert_allclose(np.asarray(got)[real], np.asarray(want)[real], atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dropout", "chosen"),
+    [
+        ("cpu", False, "cpu"),
+        ("cpu", True, "reference"),
+        ("gpu", False, "dot_product"),
+        ("gpu", True, "reference"),
+        ("tpu", False, "reference"),
+    ],
+)
+def test_auto_chooses_by_platform_and_never_what_cannot_drop_weights(monkeypatch, kind, dropout, chosen):
+    monkeypatch.setattr(platform, "platform", lambda: kind)
+    assert platform.attention_implementation(dropout=dropout) == chosen

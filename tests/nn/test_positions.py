@@ -10,7 +10,7 @@ from t5style.nn.positions import RelativeBias, relative_bucket, rotary_angles, r
 
 
 def published_bucket(distance: int, bidirectional: bool, buckets: int, max_distance: int) -> int:
-    """The rule as Raffel et al. and Mesh TensorFlow state it: floor of a logarithm (room for its rounding)."""
+    """The rule as Raffel et al. and Mesh TensorFlow state it: floor of a logarithm."""
     bucket = 0
     back = -distance
     if bidirectional:
@@ -49,7 +49,7 @@ def test_buckets_of_some_distances():
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize(("queries", "keys"), [(7, 7), (3, 9), (9, 3), (1, 1)])
 def test_bias_between_indices_equals_bias_at_positions(bidirectional, queries, keys):
-    module = RelativeBias(3, 8, 20, bidirectional=bidirectional, init=normal(1.0))
+    module = RelativeBias(3, 8, 20, bidirectional=bidirectional, initializer=normal(1.0))
     variables = module.init(jax.random.key(0), 4, 4, method="between")
     positions = jnp.arange(queries)[None], jnp.arange(keys)[None]
     want = module.apply(variables, *positions, method="at")
