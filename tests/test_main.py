@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from t5style import main
 from tests import helpers
 from tests.helpers import run_main
 
@@ -39,3 +40,15 @@ def test_a_missing_gin_file_is_one_line():
     assert wrong.returncode == 1
     assert wrong.stderr.startswith("error: there is no gin file 'experiments/quickstrat.gin'")
     assert wrong.stderr.count("\n") == 1
+
+
+def test_starts_itself_again_once_to_get_huge_pages(monkeypatch):
+    started = []
+    monkeypatch.setattr(main.sys, "platform", "linux")
+    monkeypatch.setattr(main.os, "execv", lambda program, arguments: started.append((program, arguments)))
+    monkeypatch.setattr(main.sys, "orig_argv", ["python", "-m", "t5style.main", "--gin_file=x.gin"])
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    main._use_huge_pages()
+    main._use_huge_pages()
+    assert started == [(main.sys.executable, [main.sys.executable, "-m", "t5style.main", "--gin_file=x.gin"])]
+    assert main.os.environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"

@@ -49,7 +49,7 @@ SHAKESPEARE = [
 RUN = {
     (*MAIN, "--gin_file=experiments/quickstart.gin"): QUICKSTART,
     (*MAIN, "--gin_file=gin/runs/prepare.gin"): [],
-    (*MAIN, "--gin_file=gin/runs/train_tokenizer.gin"): ["--gin.VOCAB_SIZE=500"],
+    (*MAIN, "--gin_file=gin/runs/train_tokenizer.gin"): ["--gin.VOCAB_SIZE=370"],
     (*MAIN, "--gin_file=gin/runs/tokenize.gin"): [],
     (*MAIN, "--gin_file=gin/models/t5_tiny.gin"): [
         *SMALL_MODEL,

@@ -248,8 +248,8 @@ class Worker:
         )
         # The tests' eight pretended devices would share the two threads.
         environment.pop("XLA_FLAGS", None)
-        if extra := environment.pop("TRAIN_STEP_XLA_FLAGS", None):
-            environment["XLA_FLAGS"] = extra
+        # As t5style.main starts itself; PyTorch gets the same.
+        environment.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
         self.name = contestant
         self.process = subprocess.Popen(
             [
