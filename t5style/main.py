@@ -77,11 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _use_huge_pages() -> None:
-    """Starts this program again with glibc's malloc asking for huge pages; it reads that setting at start only.
+    """Starts this program again with glibc's malloc asking for huge pages: it reads that setting at start.
 
-    XLA's CPU backend takes a step's temporary memory from malloc and gives it back, gigabytes at every step. In pages
-    of 4 kB each gigabyte cost the kernel 0.6 s of CPU time here, in huge pages 0.15 s. Whoever has set GLIBC_TUNABLES
-    knows better; other C libraries do not look at it.
+    XLA's CPU backend takes a step's temporary memory from malloc and gives it back, gigabytes at every step.
+    In pages of 4 kB the kernel spent 0.6 s of CPU time on each gigabyte here, in huge pages 0.15 s. Whoever
+    has set GLIBC_TUNABLES knows better; other C libraries do not look at it.
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
