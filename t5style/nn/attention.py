@@ -24,8 +24,8 @@ class Dropout:
     rate: float
     key: jax.Array
 
-    def __call__(self, weights: jax.Array, fold: int = 0) -> jax.Array:
-        keep = jax.random.bernoulli(jax.random.fold_in(self.key, fold), 1.0 - self.rate, weights.shape)
+    def __call__(self, weights: jax.Array) -> jax.Array:
+        keep = jax.random.bernoulli(self.key, 1.0 - self.rate, weights.shape)
         return jnp.where(keep, weights / (1.0 - self.rate), 0.0)
 
 
@@ -149,43 +149,124 @@ def _cpu(
     dropout: Dropout | None,
     precision: str,
 ) -> jax.Array:
-    """One head after another, each recomputed in the backward pass.
+    """One head after another, with a backward pass that computes the weights again.
 
-    The scores of one head of one batch stay in cache where those of all heads would not, and nothing of size
-    queries × keys is kept for the backward pass.
+    The scores of one head stay in cache where those of all heads would not, and nothing of size queries ×
+    keys is kept for the backward pass. With dropout it is the einsum: the random bits of each head would be
+    a program of their own.
     """
+    if dropout:
+        return _reference(query, key, value, bias, masked, scale, dropout, precision)
     heads, groups = query.shape[2], key.shape[2]
-
-    @functools.partial(jax.checkpoint, static_argnums=(5,))
-    def one_head(
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        head_bias: jax.Array | None,
-        masked: jax.Array | None,
-        head: int,
-    ) -> jax.Array:
-        scores = scale * jnp.einsum(
-            "bqd,bkd->bqk", q, k, precision=precision, preferred_element_type=jnp.float32
-        )
-        weights = _softmax(scores, head_bias, masked)  # [batch, queries, keys]
-        if dropout:
-            weights = dropout(weights, head)
-        weights = weights.astype(v.dtype)
-        context = jnp.einsum(
-            "bqk,bkd->bqd", weights, v, precision=precision, preferred_element_type=jnp.float32
-        )
-        return context.astype(v.dtype)
-
+    queries, keys, values = _heads(query), _heads(key), _heads(value)
+    biases = [None] * heads if bias is None else _heads(bias, axis=1)  # [1 or batch, queries, keys]
     flat_mask = None if masked is None else masked[:, 0]  # [batch or 1, queries, keys]
-    contexts = []
-    for head in range(heads):
-        shared = head * groups // heads
-        head_bias = None if bias is None else bias[:, head]  # [1 or batch, queries, keys]
-        contexts.append(
-            one_head(query[:, :, head], key[:, :, shared], value[:, :, shared], head_bias, flat_mask, head)
+    contexts = [
+        _one_head(
+            queries[head],
+            keys[head * groups // heads],
+            values[head * groups // heads],
+            biases[head],
+            flat_mask,
+            scale,
+            precision,
         )
+        for head in range(heads)
+    ]
     return jnp.stack(contexts, axis=2)  # [batch, queries, heads, head_dim]
+
+
+def _heads(x: jax.Array, axis: int = 2) -> list[jax.Array]:
+    """One array per head, without that dimension.
+
+    lax.split and not indexing: its transpose is one concatenation, that of indexing a sum of padded arrays.
+    """
+    return [part.squeeze(axis) for part in jax.lax.split(x, [1] * x.shape[axis], axis=axis)]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _one_head(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None,
+    masked: jax.Array | None,
+    scale: float,
+    precision: str,
+) -> jax.Array:
+    """Attention of one head: query `[batch, queries, head_dim]`, key and value `[batch, keys, head_dim]`."""
+    return _one_head_forward(query, key, value, bias, masked, scale, precision)[0]
+
+
+def _one_head_forward(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None,
+    masked: jax.Array | None,
+    scale: float,
+    precision: str,
+) -> tuple[jax.Array, tuple[jax.Array | None, ...]]:
+    scores = _scores(query, key, bias, masked, scale, precision)  # [batch, queries, keys]
+    top = scores.max(axis=-1, keepdims=True)  # [batch, queries, 1]
+    weights = jnp.exp(scores - top)
+    total = weights.sum(axis=-1, keepdims=True)  # [batch, queries, 1]
+    # Divided after the product, which is narrower than the weights.
+    context = _dot("bqk,bkd->bqd", weights.astype(value.dtype), value, precision) / total
+    context = context.astype(value.dtype)
+    return context, (query, key, value, bias, masked, context, top, total)
+
+
+def _one_head_backward(
+    scale: float, precision: str, residuals: tuple[jax.Array | None, ...], gradient: jax.Array
+) -> tuple[jax.Array | None, ...]:
+    """The backward pass of FlashAttention (Dao et al. 2022, algorithm 4), without its tiling."""
+    query, key, value, bias, masked, context, top, total = residuals
+    assert query is not None
+    assert key is not None
+    assert value is not None
+    assert context is not None
+    assert total is not None
+    kind = value.dtype
+    weights = jnp.exp(_scores(query, key, bias, masked, scale, precision) - top) / total  # [b, q, k]
+    # Row sums of weights × their gradient, from the narrower product.
+    inner = jnp.sum((gradient * context).astype(jnp.float32), axis=-1, keepdims=True)  # [batch, queries, 1]
+    by_weights = _dot("bqd,bkd->bqk", gradient, value, precision)
+    by_scores = weights * (by_weights - inner)  # f32 [batch, queries, keys]
+    narrow = by_scores.astype(kind)
+    by_bias = by_scores
+    if bias is not None and bias.shape[0] == 1:
+        by_bias = by_scores.sum(axis=0, keepdims=True)
+    return (
+        (scale * _dot("bqk,bkd->bqd", narrow, key, precision)).astype(query.dtype),
+        (scale * _dot("bqk,bqd->bkd", narrow, query, precision)).astype(key.dtype),
+        _dot("bqk,bqd->bkd", weights.astype(kind), gradient, precision).astype(kind),
+        None if bias is None else by_bias,
+        None,  # of the mask
+    )
+
+
+_one_head.defvjp(_one_head_forward, _one_head_backward)
+
+
+def _dot(equation: str, left: jax.Array, right: jax.Array, precision: str) -> jax.Array:
+    """A product of two operands of one dtype, summed and returned in float32."""
+    return jnp.einsum(equation, left, right, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _scores(
+    query: jax.Array,
+    key: jax.Array,
+    bias: jax.Array | None,
+    masked: jax.Array | None,
+    scale: float,
+    precision: str,
+) -> jax.Array:
+    """f32 `[batch, queries, keys]` of one head, biases added."""
+    scores = scale * _dot("bqd,bkd->bqk", query, key, precision)
+    for added in (bias, masked):
+        scores = scores if added is None else scores + added
+    return scores
 
 
 def _dot_product(
