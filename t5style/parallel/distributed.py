@@ -14,6 +14,7 @@ Which processes there are is read from the environment, in this order:
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import importlib.util
 import os
@@ -26,12 +27,15 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
+from jax._src import distributed as coordination  # no public name for the service's barrier
 from jax.experimental import multihost_utils
 
 from t5style.parallel.rendezvous import StartupError, roll_call
 
 # The port that JAX itself takes on Cloud TPU, where nobody names one.
 TPU_COORDINATOR_PORT = 8482
+_FOREVER = 30 * 24 * 3600 * 1000  # ms
+_visits: collections.Counter[str] = collections.Counter()
 _FIELD = 256  # bytes of each of the strings that `check_same` exchanges
 
 
@@ -92,9 +96,17 @@ def is_main() -> bool:
 
 
 def barrier(name: str) -> None:
-    """Waits until every process has come to the barrier of this name."""
+    """Waits until every process has come to the barrier of this name, however long that takes.
+
+    It goes through the coordination service and not through the devices
+    (`multihost_utils.sync_global_devices`): CPU devices give up after 30 s, and process 0 may be alone at
+    work for hours. A process that dies is noticed by its missing heartbeat, which ends the others too.
+    """
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+        _visits[name] += 1  # the service wants a new name each time
+        client = coordination.global_state.client
+        assert client is not None  # there are several processes, so `initialize` has made it
+        client.wait_at_barrier(f"t5style/{name}/{_visits[name]}", _FOREVER)
 
 
 def check_same(what: str, value: str) -> None:

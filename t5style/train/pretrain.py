@@ -332,6 +332,8 @@ class Pretrain:
         with goodput.timed("compile"):
             example = put(source.batch_at(0, shard, shards))
             compiled = step.lower(state, example, key).compile()
+        # A process that finds the program in its cache is far ahead; CPU devices wait 30 s for each other.
+        run_dir.barrier("training step compiled")
         target = state_lib.with_shardings(abstract, shardings)
         return Loop(
             run=run,

@@ -137,6 +137,7 @@ from t5style.parallel import distributed
 try:
     assert distributed.initialize()
     distributed.barrier("ready")
+    distributed.barrier("ready")
     distributed.check_same("configuration", sys.argv[1])
 except distributed.StartupError as error:
     sys.exit(str(error))

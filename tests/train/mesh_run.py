@@ -15,7 +15,7 @@ import numpy as np
 from t5style.models import params as model_params
 from t5style.models.config import TransformerConfig
 from t5style.parallel import distributed
-from t5style.parallel.mesh import MeshConfig
+from t5style.parallel.mesh import MeshConfig, replicated
 from t5style.parallel.rules import Rules, check_batch, host_shard, put_batch, use_mesh
 from t5style.train.optimizer import Optimizer
 from t5style.train.schedules import Schedule
@@ -99,9 +99,13 @@ def train(
     losses = []
     with use_mesh(mesh, rules):
         state = init_state(config, transform, mesh, rules, seed=1)
+        key = jax.jit(lambda: jax.random.key(0), out_shardings=replicated(mesh))()
         for n in range(steps):
             batch = put_batch(batch_at(n, shard, shards, config.architecture), mesh)
-            state, metrics = step(state, batch, jax.random.key(0))
+            if n == 0:
+                step = step.lower(state, batch, key).compile()
+                distributed.barrier("compiled")  # CPU devices wait for each other no longer than 30 s
+            state, metrics = step(state, batch, key)
             total, weight = metrics["loss"]
             losses.append(float(total) / float(weight))
     return losses, state
