@@ -226,6 +226,7 @@ def _one_head_backward(
     assert key is not None
     assert value is not None
     assert context is not None
+    assert top is not None
     assert total is not None
     kind = value.dtype
     weights = jnp.exp(_scores(query, key, bias, masked, scale, precision) - top) / total  # [b, q, k]
