@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import random
 import re
 import shlex
 import subprocess
@@ -15,6 +16,8 @@ README = (ROOT / "README.md").read_text()
 MAIN = ("python", "-m", "t5style.main")
 
 SMALL_MODEL = [
+    "--gin.TransformerConfig.num_heads=2",
+    "--gin.TransformerConfig.head_dim=8",
     "--gin.TransformerConfig.d_model=16",
     "--gin.TransformerConfig.d_ff=32",
     "--gin.TransformerConfig.encoder_layers=1",
@@ -40,6 +43,7 @@ QUICKSTART = [
     "--gin.instructions/Evaluate.max_new_tokens=4",
 ]
 SHAKESPEARE = [
+    "--gin.Schedule.warmup_steps=1",
     "--gin.STEPS=2",
     "--gin.TransformerConfig.d_model=16",
     "--gin.TransformerConfig.d_ff=32",
@@ -49,13 +53,14 @@ SHAKESPEARE = [
 RUN = {
     (*MAIN, "--gin_file=experiments/quickstart.gin"): QUICKSTART,
     (*MAIN, "--gin_file=gin/runs/prepare.gin"): [],
-    (*MAIN, "--gin_file=gin/runs/train_tokenizer.gin"): ["--gin.VOCAB_SIZE=370"],
+    (*MAIN, "--gin_file=gin/runs/train_tokenizer.gin"): ["--gin.VOCAB_SIZE=450"],
     (*MAIN, "--gin_file=gin/runs/tokenize.gin"): [],
     (*MAIN, "--gin_file=gin/models/t5_tiny.gin"): [
         *SMALL_MODEL,
         "--gin.STEPS=2",
         "--gin.BATCH_SIZE=2",
         "--gin.LENGTHS={'encoder': 64, 'decoder': 32}",
+        "--gin.WARMUP_STEPS=1",
     ],
     (*MAIN, "--gin_file=experiments/shakespeare_char.gin"): SHAKESPEARE,
     ("XLA_FLAGS=--xla_force_host_platform_device_count=8", *MAIN): [],
@@ -167,9 +172,11 @@ def test_commands_run(tmp_path):
     """From a folder of its own, in the README's order; then its Python example, which uses what they made."""
     texts = tmp_path / "my_texts"
     texts.mkdir()
+    draw = random.Random(0)
+    syllables = [first + last for first in "bdfgklmnprst" for last in ("a", "en", "il", "or", "u")]
     for number in range(40):
-        lines = [f"Line {line} of text {number}: {line * number} things.\n" for line in range(40)]
-        (texts / f"{number}.txt").write_text("".join(lines))
+        words = ["".join(draw.choices(syllables, k=draw.randint(1, 3))) for _ in range(400)]
+        (texts / f"{number}.txt").write_text(" ".join(words) + ".\n")
     (tmp_path / "tinyshakespeare.txt").write_text("To be, or not to be: that is the question.\n" * 200)
     for name in ("experiments", "gin"):
         (tmp_path / name).symlink_to(ROOT / name)  # as in a clone, but what is written lands here
