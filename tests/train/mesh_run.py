@@ -8,6 +8,7 @@ import functools
 import json
 import pathlib
 import sys
+from typing import Any
 
 import jax
 import numpy as np
@@ -84,8 +85,9 @@ def train(
     rules: Rules | None = None,
     optimizer: Optimizer | None = None,
     accumulation: int = 1,
+    params: Any = None,
 ) -> tuple[list[float], TrainState]:
-    """Losses of the first `steps` steps, and the state after them."""
+    """Losses of the first `steps` steps (from `params`, or random ones), and the state after them."""
     mesh = mesh_config.build()
     check_batch(ROWS, mesh, accumulation)
     shard, shards = host_shard(mesh)
@@ -98,7 +100,7 @@ def train(
     step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     losses = []
     with use_mesh(mesh, rules):
-        state = init_state(config, transform, mesh, rules, seed=1)
+        state = init_state(config, transform, mesh, rules, 1, params)
         key = jax.jit(lambda: jax.random.key(0), out_shardings=replicated(mesh))()
         for n in range(steps):
             batch = put_batch(batch_at(n, shard, shards, config.architecture), mesh)
@@ -112,9 +114,17 @@ def train(
 
 
 @functools.cache
+def start(architecture: str) -> Any:
+    """Parameters to start from, made once for all meshes: compiling their random numbers takes as long as a
+    step."""
+    make = jax.jit(lambda key: model_params.init_params(MODELS[architecture], key))
+    return jax.device_get(make(jax.random.key(1)))
+
+
+@functools.cache
 def alone(architecture: str, steps: int) -> list[float]:
     """The losses on one device, which all others must equal."""
-    return train(MODELS[architecture], MeshConfig(devices=1), steps)[0]
+    return train(MODELS[architecture], MeshConfig(devices=1), steps, params=start(architecture))[0]
 
 
 def main(architecture: str, sizes: str, steps: str, out: str) -> None:
