@@ -85,23 +85,24 @@ def torch_step(workload: Workload, dtype: str, threads: int, compiled: bool) -> 
     torch.manual_seed(0)
     w = workload
     arrays = {name: torch.from_numpy(a.astype(np.int64)) for name, a in w.arrays().items()}
+    model: Any
     if w.encoder_decoder:
-        model = transformers.T5ForConditionalGeneration(
-            transformers.T5Config(
-                vocab_size=w.vocab_size,
-                d_model=w.d_model,
-                d_ff=w.d_ff,
-                d_kv=w.head_dim,
-                num_heads=w.num_heads,
-                num_layers=w.layers,
-                num_decoder_layers=w.layers,
-                feed_forward_proj="gated-gelu",
-                tie_word_embeddings=False,
-                dropout_rate=0.0,
-                use_cache=False,
-                decoder_start_token_id=0,
-            )
+        config = transformers.T5Config(
+            vocab_size=w.vocab_size,
+            d_model=w.d_model,
+            d_ff=w.d_ff,
+            d_kv=w.head_dim,
+            num_heads=w.num_heads,
+            num_layers=w.layers,
+            num_decoder_layers=w.layers,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
+            use_cache=False,
         )
+        # T5 1.1 does not tie. transformers 5.23 ignores this as an argument of T5Config.
+        config.tie_word_embeddings = False
+        model = transformers.T5ForConditionalGeneration(config)
+        assert model.lm_head.weight is not model.shared.weight
         inputs = {
             "input_ids": arrays["encoder"],
             "decoder_input_ids": arrays["decoder"],
@@ -248,8 +249,10 @@ class Worker:
         )
         # The tests' eight pretended devices would share the two threads.
         environment.pop("XLA_FLAGS", None)
-        # As t5style.main starts itself; PyTorch gets the same.
-        environment.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+        if contestant == "ours":
+            environment.setdefault(
+                "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
+            )  # as t5style.main starts itself
         self.name = contestant
         self.process = subprocess.Popen(
             [
