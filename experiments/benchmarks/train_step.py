@@ -100,7 +100,7 @@ def torch_step(workload: Workload, dtype: str, threads: int, compiled: bool) -> 
             use_cache=False,
         )
         # T5 1.1 has one embedding for both stacks and a head of its own. transformers 5.23 ignores
-        # tie_word_embeddings as an argument of T5Config, and as an attribute it parts the stacks' embeddings too.
+        # tie_word_embeddings as an argument of T5Config; as an attribute it parts the stacks' embeddings too.
         config.tie_word_embeddings = False
         model = transformers.T5ForConditionalGeneration(config)
         model.set_input_embeddings(model.shared)
