@@ -231,6 +231,7 @@ def work(contestant: str, workload: Workload, dtype: str, threads: int) -> None:
     answers.write(json.dumps({"ready": time.perf_counter() - started, "losses": losses}) + "\n")
     for line in sys.stdin:
         forget_peak()
+        step()  # not counted: memory that lay idle while the others ran has to come back first
         before, wall = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
         steps = int(line)
         for _ in range(steps):
@@ -343,7 +344,7 @@ def main() -> None:
     parser.add_argument("--contestant", choices=CONTESTANTS, action="append")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--steps", type=int, default=1, help="steps in a row before the next contestant's turn"
+        "--steps", type=int, default=2, help="steps in a row before the next contestant's turn"
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=pathlib.Path, help="also write the numbers here")
