@@ -64,9 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.path.insert(0, "")  # gin files may import modules from here under the `t5style` command too
     if argv is None:
         _use_huge_pages()
-    from t5style import launch  # here: --help needs nothing of it
+    from t5style import launch, runner  # here: --help needs nothing of them
 
-    return launch.main(
+    status = launch.main(
         _GIN_FILE.value,
         bindings,
         _SEARCH_PATHS.value,
@@ -74,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         explain=_EXPLAIN.value,
         explain_sharding=_EXPLAIN_SHARDING.value,
     )
+    return runner.leave(status)
 
 
 def _use_huge_pages() -> None:

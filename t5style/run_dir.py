@@ -61,6 +61,11 @@ def barrier(name: str) -> None:
         _barrier(name)
 
 
+def has_company() -> bool:
+    """Whether other processes take part in this run."""
+    return _barrier is not None
+
+
 def is_main_process() -> bool:
     """True in process 0 (and in every single-process run)."""
     return _process_index == 0

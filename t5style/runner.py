@@ -20,6 +20,7 @@ from typing import Any
 
 from t5style import run_dir, workflow
 from t5style.console import console, say
+from t5style.parallel.rendezvous import has_tpu
 from t5style.run_dir import RunDir, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,7 +46,8 @@ def execute(job: Any, folder: str, text: ConfigText | None = None) -> dict[str, 
     """
     workflow.check_job(job)
     distributed = bool(getattr(job, "distributed", False))
-    if distributed or any(sign in os.environ for sign in _CLUSTER_SIGNS):
+    # A job of one process, started on every host of a slice: process 0 does it, the others wait.
+    if distributed or any(sign in os.environ for sign in _CLUSTER_SIGNS) or has_tpu():
         from t5style.parallel import distributed as processes  # imports jax
 
         if processes.initialize():
@@ -73,6 +75,19 @@ def execute(job: Any, folder: str, text: ConfigText | None = None) -> dict[str, 
             (run.path / ERROR).unlink()
     say(f"Done. Everything is in {run.path}")
     return figures
+
+
+def leave(status: int) -> int:
+    """The exit status; but with several processes a failed one ends here and now.
+
+    At a normal exit jax waits up to 300 s for the others, which wait for this one. Once process 0 is gone,
+    the coordination service ends them too.
+    """
+    if status and run_dir.has_company():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def _keep_error(run: RunDir, error: Exception) -> None:

@@ -46,7 +46,8 @@ class BatchSource:
       architecture: "encoder_decoder" or "decoder_only".
       seed: of order, windows' offsets and corruption.
       pack: several supervised examples share a row; their segment ids keep them apart.
-      shuffle: a new order of rows for every epoch; False keeps the store's order.
+      shuffle: a new order of rows for every epoch, and a fixed random one for evaluation, so that its first
+        batches are a fair sample of the split; False keeps the store's order.
 
     Raises: UserError for a missing or unfinished store, an empty split, or stores of different vocabularies;
       ValueError for lengths that do not fit the objective.
@@ -205,8 +206,8 @@ class BatchSource:
         return -(-sum(rows.finite_rows for rows in self._rows) // self.batch_size)
 
     def evaluation_batch_at(self, n: int, shard: int = 0, num_shards: int = 1) -> Batch:
-        """Batch n of the split read once in the store's order, tasks one after the other. The last batch is
-        filled up with empty rows, whose loss weights and segment ids are 0.
+        """Batch n of the split read once, tasks one after the other. The last batch is filled up with empty
+        rows, whose loss weights and segment ids are 0.
         """
         share = self._share(shard, num_shards)
         if not 0 <= n < self.evaluation_batches:
@@ -216,8 +217,15 @@ class BatchSource:
         places = []
         for row in range(start, min(start + share, ends[-1])):
             task = int(np.searchsorted(ends, row, side="right"))
-            places.append((task, row - (ends[task - 1] if task else 0)))
+            places.append((task, self._evaluation_row(task, row - (ends[task - 1] if task else 0))))
         return self._content(places, share, finite=True)
+
+    def _evaluation_row(self, task: int, place: int) -> int:
+        """Which of the task's rows stands at a place of its evaluation order."""
+        if not self.shuffle:
+            return place
+        seed = seed_of(self.seed, self.tasks[task].name, "evaluation order") & 0xFFFFFFFF
+        return int(index_shuffle(place, max_index=self._rows[task].finite_rows - 1, seed=seed, rounds=4))
 
     def evaluation_iter(
         self, shard: int = 0, num_shards: int = 1, prefetch: int = 2, max_batches: int | None = None

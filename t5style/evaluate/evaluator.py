@@ -38,10 +38,10 @@ _SENTINEL = re.compile(r"<extra_id_\d+>")
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """Evaluates `model` on tasks; writes results.json, results.md, and samples.jsonl (one line for each
-    example).
+    """Evaluates `model` on held-out examples of tasks.
 
-    results.json is described in `results`.
+    Writes results.json (described in `results`), results.md, and samples.jsonl with one line for each
+    example.
 
     Attributes:
       model: run folder, checkpoint folder inside it, or Hugging Face directory.
@@ -49,16 +49,16 @@ class Evaluate:
       lengths: places in a row, as in training: {"encoder": 512, "decoder": 114}; only "decoder" for a
         decoder-only model. Longer examples are treated as the objective says; how many were cut is reported.
       split: the task's split.
-      max_examples: only the first so many examples of each task; None: all.
+      max_examples: so many examples of each task, drawn by `seed`; None: all.
       batch_size: examples at a time.
       max_new_tokens: of an answer; None: as many as the decoder's length.
       baselines: what the model is compared with, computed from the task's training split.
       train_split: its name.
-      train_examples: only the first so many training examples for the baselines; None: all.
+      train_examples: so many training examples for the baselines, drawn likewise; None: all.
       reference_model: a second model, such as the one before tuning, on the same examples.
       dtype: compute and parameter type of the models; None: as trained.
       mesh: how to spread a model over this machine's devices; None: one device.
-      seed: of the bootstrap that corpus-level metrics (BLEU) need.
+      seed: of the examples drawn, and of the bootstrap that corpus-level metrics (BLEU) need.
     """
 
     model: str
@@ -132,7 +132,7 @@ class Evaluate:
     def _evaluate(self, task: Task, systems: dict[str, Model]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The task's report, and its samples."""
         model = systems["model"]
-        source = self._source(task, self.split, model)
+        source = self._source(task, self.split, model, shuffle=self.max_examples is not None)
         for name, system in systems.items():
             check_model(system, model, source.vocabulary, f"{name} {system.path}", task)
         examples = read_examples(source, self.max_examples)
@@ -147,10 +147,10 @@ class Evaluate:
                 texts[name] = self._answers(system, examples, f"{task.name}: answers of {name}")
         wanted = [b for b in self.baselines if scored or isinstance(b, LikelihoodBaseline)]
         if wanted:
-            train = [
-                example.pair
-                for example in read_examples(self._source(task, self.train_split, model), self.train_examples)
-            ]
+            train_source = self._source(
+                task, self.train_split, model, shuffle=self.train_examples is not None
+            )
+            train = [example.pair for example in read_examples(train_source, self.train_examples)]
             for baseline in wanted:
                 if isinstance(baseline, LikelihoodBaseline):
                     table = baseline.log_probabilities(train, source.vocabulary.vocab_size)
@@ -183,10 +183,17 @@ class Evaluate:
             for i, e in enumerate(examples)
         ]
 
-    def _source(self, task: Task, split: str, model: Model) -> BatchSource:
-        # One example in a row, in the store's order: what is read is then known by its number.
+    def _source(self, task: Task, split: str, model: Model, shuffle: bool) -> BatchSource:
+        """One example in a row, in the store's order or shuffled."""
         return BatchSource(
-            task, split, self.batch_size, self.lengths, model.config.architecture, pack=False, shuffle=False
+            task,
+            split,
+            self.batch_size,
+            self.lengths,
+            model.config.architecture,
+            seed=self.seed,
+            pack=False,
+            shuffle=shuffle,
         )
 
     def _answers(self, model: Model, examples: Sequence[Example], description: str) -> list[str]:
@@ -255,8 +262,12 @@ class Example:
 
 
 def read_examples(source: BatchSource, limit: int | None = None) -> list[Example]:
-    """The examples of an unpacked source, each once, in the store's order; rows that only fill a batch are
-    left out.
+    """The examples of an unpacked source, each once, in its order of evaluation; rows that only fill a batch
+    are left out.
+
+    Args:
+      source: with one example in a row.
+      limit: only the first so many.
 
     Raises:
       UserError: no example has a scored token.

@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import importlib.util
 import os
-import pathlib
 import re
 import socket
 import urllib.error
@@ -30,7 +28,7 @@ import numpy as np
 from jax._src import distributed as coordination  # no public name for the service's barrier
 from jax.experimental import multihost_utils
 
-from t5style.parallel.rendezvous import StartupError, roll_call
+from t5style.parallel.rendezvous import StartupError, has_tpu, roll_call
 
 # The port that JAX itself takes on Cloud TPU, where nobody names one.
 TPU_COORDINATOR_PORT = 8482
@@ -193,7 +191,7 @@ def _from_tpu_variables() -> Cluster | None:
 
 def _from_metadata() -> Cluster | None:
     """Facts of a Cloud TPU VM; its metadata server is asked only on a machine that has TPU chips."""
-    if not _has_tpu():
+    if not has_tpu():
         return None
     endpoints, number = _metadata("worker-network-endpoints"), _metadata("agent-worker-number")
     if not endpoints or not number:
@@ -202,14 +200,6 @@ def _from_metadata() -> Cluster | None:
     workers = [part.split(":")[-1] for part in endpoints.split(",")]
     settings = dict(re.findall(r"^\s*(\w+)\s*:\s*'?([^'\n]*)'?\s*$", _metadata("tpu-env") or "", flags=re.M))
     return _tpu_cluster(workers, _number("agent-worker-number", number), {**settings, **os.environ})
-
-
-def _has_tpu() -> bool:
-    """Whether this machine has TPU chips that the program may use, found without starting JAX's backend."""
-    chips = any(pathlib.Path("/dev").glob("accel[0-9]*")) or any(pathlib.Path("/dev/vfio").glob("[0-9]*"))
-    return (
-        chips and importlib.util.find_spec("libtpu") is not None and os.environ.get("JAX_PLATFORMS") != "cpu"
-    )
 
 
 def _tpu_cluster(workers: list[str], worker: int, settings: Mapping[str, str]) -> Cluster:

@@ -13,7 +13,10 @@ opens it.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
+import os
+import pathlib
 import select
 import socket
 import time
@@ -23,6 +26,14 @@ from typing import Any
 from t5style.run_dir import UserError
 
 _LINE_LIMIT = 1 << 16
+
+
+def has_tpu() -> bool:
+    """Whether this machine has TPU chips that the program may use, found without starting JAX's backend."""
+    chips = any(pathlib.Path("/dev").glob("accel[0-9]*")) or any(pathlib.Path("/dev/vfio").glob("[0-9]*"))
+    return (
+        chips and importlib.util.find_spec("libtpu") is not None and os.environ.get("JAX_PLATFORMS") != "cpu"
+    )
 
 
 class StartupError(UserError):

@@ -15,6 +15,7 @@ import collections
 import contextlib
 import dataclasses
 import math
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -383,7 +384,7 @@ class StopSignal:
     once.
 
     With several processes, jax's preemption service catches SIGTERM on any of them and agrees on one step at
-    which all of them stop; Ctrl-C is then left to Python.
+    which all of them stop; Ctrl-C is handed on to it.
     """
 
     def __init__(self) -> None:
@@ -391,8 +392,9 @@ class StopSignal:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+        if threading.current_thread() is threading.main_thread():
+            alone = jax.process_count() == 1
+            for number in (signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGINT,):
                 self._before[number] = signal.signal(number, self._caught)
         return self
 
@@ -407,9 +409,13 @@ class StopSignal:
     def _caught(self, number: int, frame: Any) -> None:
         self._status = 0 if number == signal.SIGTERM else 130
         self._restore()
+        # Not print: its buffer may be the very thing that was interrupted.
+        os.write(2, b"\nfinishing this step and saving; once more to stop at once\n")
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def requested(self, step: int) -> int | None:
         """The exit status if the loop is to stop after this step, else None."""
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-            return 0
-        return self._status
+        if jax.process_count() == 1:
+            return self._status
+        return (self._status or 0) if multihost_utils.reached_preemption_sync_point(step) else None

@@ -192,7 +192,9 @@ def test_carry_over_predicts_from_the_token_before(text_store: str) -> None:
     for row in range(8):
         both = [batch["decoder_input_tokens"][row][0], *batch["decoder_target_tokens"][row]]
         assert ",".join(map(str, both)) in joined
-    first = source.evaluation_batch_at(0)
+    first = BatchSource(
+        source.task, "train", 8, source.lengths, DECODER_ONLY, shuffle=False
+    ).evaluation_batch_at(0)
     assert first["decoder_input_tokens"][0, 0] == 0  # nothing stands before the split's beginning
     assert first["decoder_input_tokens"][1, 0] == text[39]
 
@@ -309,7 +311,10 @@ def test_a_task_in_a_mixture_sees_every_row_once_an_epoch(text_store: str, pair_
 
 
 def test_evaluation_sees_everything_once(source: BatchSource) -> None:
-    source = BatchSource(source.task, "validation", 8, source.lengths, source.architecture, seed=1)
+    shuffled = BatchSource(source.task, "validation", 8, source.lengths, source.architecture, seed=1)
+    source = BatchSource(
+        source.task, "validation", 8, source.lengths, source.architecture, seed=1, shuffle=False
+    )
     task = source.tasks[0]
     store = token_store.TokenStore.open(task.store)
     with source.evaluation_iter() as batches:
@@ -326,6 +331,12 @@ def test_evaluation_sees_everything_once(source: BatchSource) -> None:
     for batch in found:
         empty = batch["decoder_segment_ids"][:, 0] == 0
         assert all(not values[empty].any() for values in batch.values())
+    # Shuffled, the same rows stand in another order, the same each time; a limit then takes a fair sample.
+    assert shuffled._evaluation_row(0, 0) == shuffled._evaluation_row(0, 0)
+    rows = int(shuffled.statistics[task.name]["rows"])
+    order = [shuffled._evaluation_row(0, place) for place in range(rows)]
+    assert sorted(order) == list(range(rows))
+    assert order != list(range(rows))
     # The last batch is filled up; hosts share it as they share the others.
     last = source.evaluation_batches - 1
     parts = [source.evaluation_batch_at(last, host, 4) for host in range(4)]

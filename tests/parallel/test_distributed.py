@@ -95,7 +95,7 @@ def test_tpu_vm_metadata(monkeypatch):
     with http.server.ThreadingHTTPServer(("localhost", 0), Server) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("GCE_METADATA_IP", f"localhost:{server.server_address[1]}")
-        monkeypatch.setattr(distributed, "_has_tpu", lambda: True)
+        monkeypatch.setattr(distributed, "has_tpu", lambda: True)
         cluster = find_cluster()
         assert (cluster.coordinator, cluster.num_processes, cluster.process_id) == ("10.0.0.5:8482", 4, 1)
         assert cluster.hosts == {0: "10.0.0.5", 1: "10.0.0.6", 2: "slice 1, worker 0", 3: "slice 1, worker 1"}

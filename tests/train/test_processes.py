@@ -4,6 +4,7 @@ import io
 import json
 import pathlib
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -29,3 +30,20 @@ def test_two_processes_equal_one(tmp_path, architecture, sizes):
     assert result["processes"] == 2
     one, _ = train(MODELS[architecture], MeshConfig(**sizes), 3)
     np.testing.assert_allclose(result["losses"], one, rtol=1e-5)
+
+
+def test_a_process_that_fails_does_not_wait_for_the_others():
+    """jax's own exit would wait 300 s for process 0, which waits for process 1."""
+    code = """if True:
+        import sys, jax
+        from t5style import run_dir, runner
+        from t5style.parallel import distributed
+        distributed.initialize()
+        run_dir.set_process(jax.process_index(), distributed.barrier)
+        if jax.process_index() == 1:
+            sys.exit(runner.leave(3))
+        run_dir.barrier("together")
+    """
+    began = time.monotonic()
+    assert local.run([sys.executable, "-c", code], processes=2, devices=1, out=io.BytesIO()) == 3
+    assert time.monotonic() - began < 120

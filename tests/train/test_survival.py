@@ -157,7 +157,9 @@ def test_full_disk_while_saving(
 def test_sigterm_to_one_of_two_processes_stops_both_at_one_step(
     store: str, tmp_path: pathlib.Path, finish: Finish
 ) -> None:
-    """Two processes of two devices; the one that is not the main one gets the signal, as in a preemption."""
+    """Two processes of two devices; the one that is not the main one gets the signal: SIGTERM, as in a
+    preemption, and the second time Ctrl-C.
+    """
     here = pathlib.Path(__file__).parent
     mesh = {"data": 2, "fsdp": 2}
 
@@ -189,10 +191,15 @@ def test_sigterm_to_one_of_two_processes_stops_both_at_one_step(
         "seal-0-of-2.json",
         "seal-1-of-2.json",
     }
-    ends = [finish(process) for process in begin(folder)]
-    assert [status for status, _, _ in ends] == [0, 0], ends
+    both = begin(folder, slow=0.3, checkpoint_every=None)
+    wait_for_step(folder, stopped + 3, both[0])
+    both[1].send_signal(signal.SIGINT)
+    ends = [finish(process) for process in both]
+    assert [status for status, _, _ in ends] == [0, 130], ends
     assert f"resumes this run at step {stopped} of {STEPS}" in ends[0][2]
-    assert lines(folder)[-1]["step"] == STEPS
+    again = max(checkpoint.all_steps(folder / "checkpoints"))
+    assert stopped < again < STEPS
+    assert f"stopped at step {again}; run the same command to go on" in ends[0][2]
 
 
 def test_training_loads_neither_tensorflow_nor_torch(store: str, tmp_path: pathlib.Path) -> None:
