@@ -35,7 +35,8 @@ class Vocabulary(abc.ABC):
     Attributes:
       base_size: number of ids without the sentinels that were put on top.
       extra_ids: number of sentinels.
-      pad_id, eos_id, unk_id: 0, 1 and 2 unless imported from elsewhere.
+      pad_id, eos_id, unk_id: 0, 1 and 2 unless imported from elsewhere. Where there is no padding or unknown
+        token, the end of sequence stands in: never an id that means text.
       bos_id: what a decoder's input starts with; T5 uses pad.
     """
 
@@ -226,9 +227,10 @@ class SentencePieceVocabulary(Vocabulary):
         sp = self._processor
         self._size = int(sp.vocab_size())
         self.unk_id = sp.unk_id()
-        self.eos_id = sp.eos_id() if sp.eos_id() >= 0 else self.unk_id
-        # A model without padding (LLaMA's) gets id 0: padded positions are masked, so any id does.
-        self.pad_id = sp.pad_id() if sp.pad_id() >= 0 else 0
+        self.eos_id = sp.eos_id()
+        if self.eos_id < 0:
+            raise UserError("this SentencePiece model has no end of sequence: train it with an eos_id")
+        self.pad_id = sp.pad_id() if sp.pad_id() >= 0 else self.eos_id
         self.bos_id = sp.bos_id() if sp.bos_id() >= 0 else self.pad_id
         self._dummy_prefix = sp.encode("a", out_type=str)[:1] != ["a"] and sp.decode(sp.encode(" a")) != " a"
         mark = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
@@ -352,12 +354,12 @@ class TokenizerVocabulary(Vocabulary):
         self,
         tokenizer_json: bytes,
         extra_ids: int = 0,
-        pad_id: int | None = None,
-        eos_id: int | None = None,
-        unk_id: int | None = None,
-        bos_id: int | None = None,
+        pad_id: int | str | None = None,
+        eos_id: int | str | None = None,
+        unk_id: int | str | None = None,
+        bos_id: int | str | None = None,
     ):
-        """Takes the bytes of tokenizer.json; special ids not given are found by their usual names."""
+        """Takes the bytes of tokenizer.json, and special ids or tokens; others are found by usual names."""
         try:
             import tokenizers
         except ImportError as error:
@@ -373,30 +375,33 @@ class TokenizerVocabulary(Vocabulary):
         tokenizer.encode_special_tokens = True  # special tokens in text are characters
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        added = tokenizer.get_added_tokens_decoder()
-        top = (
-            max(max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1), max(added, default=-1))
-            + 1
-        )
+        ids = [*tokenizer.get_vocab(with_added_tokens=True).values(), *tokenizer.get_added_tokens_decoder()]
+        top = max(ids, default=-1) + 1
         own = 0
         while tokenizer.token_to_id(f"<extra_id_{own}>") == top - 1 - own:
             own += 1
         super().__init__(own or extra_ids)
         self._size = top - own
 
-        def special(given: int | None, *names: str) -> int | None:
-            found = (tokenizer.token_to_id(name) for name in names)
-            return given if given is not None else next((token for token in found if token is not None), None)
+        def special(given: int | str | None, *names: str) -> int | None:
+            if isinstance(given, int):
+                return given
+            found = (tokenizer.token_to_id(name) for name in (given, *names) if name)
+            return next((token for token in found if token is not None), None)
 
-        unk = special(unk_id, "<unk>", "[UNK]", "<|endoftext|>", "<|end_of_text|>")
         eos = special(eos_id, "</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "[SEP]")
-        self.unk_id = unk if unk is not None else 0
-        self.eos_id = eos if eos is not None else self.unk_id
+        if eos is None:
+            raise UserError(
+                "this tokenizer.json has no end of sequence under a usual name: name its token as eos_token "
+                "in a tokenizer_config.json beside it"
+            )
         pad = special(pad_id, "<pad>", "[PAD]", "<|endoftext|>")
-        # A tokenizer without padding gets id 0: padded positions are masked, so any id does.
-        self.pad_id = pad if pad is not None else 0
+        unk = special(unk_id, "<unk>", "[UNK]", "<|endoftext|>", "<|end_of_text|>")
         bos = special(bos_id, "<s>", "<bos>", "<|begin_of_text|>", "[CLS]")
-        self.bos_id = bos if bos is not None else self.pad_id
+        self.eos_id = eos
+        self.pad_id = eos if pad is None else pad
+        self.unk_id = eos if unk is None else unk
+        self.bos_id = self.pad_id if bos is None else bos
 
     def __reduce__(self) -> tuple[Any, ...]:
         ids = (self.pad_id, self.eos_id, self.unk_id, self.bos_id)
@@ -457,14 +462,10 @@ def load(path: epath.PathLike, extra_ids: int | None = None) -> Vocabulary:
         extra_ids = int(config.get("extra_ids") or 0)
     if path.suffix == ".model":
         return SentencePieceVocabulary(path.read_bytes(), extra_ids)
-    vocabulary = TokenizerVocabulary(path.read_bytes(), extra_ids)
-    for name in ("pad", "eos", "unk", "bos"):  # what the directory says goes before usual names
-        token = config.get(f"{name}_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        token_id = vocabulary._tokenizer.token_to_id(token) if token else None
-        if token_id is not None:
-            setattr(vocabulary, f"{name}_id", token_id)
-    return vocabulary
+    # What the directory says goes before usual names.
+    tokens = {name: config.get(f"{name}_token") for name in ("pad", "eos", "unk", "bos")}
+    special = {f"{name}_id": t.get("content") if isinstance(t, dict) else t for name, t in tokens.items()}
+    return TokenizerVocabulary(path.read_bytes(), extra_ids, **special)
 
 
 def _load_saved(path: epath.Path) -> Vocabulary:

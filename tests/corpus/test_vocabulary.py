@@ -242,8 +242,11 @@ def test_models_made_elsewhere_keep_their_ids(text, tmp_path):
     # LLaMA's: unk 0, bos 1, eos 2, no pad.
     model = train_other(lines, vocab_size=800, model_type="bpe", byte_fallback=True, character_coverage=0.99)
     llama = SentencePieceVocabulary(model, 0)
-    assert (llama.unk_id, llama.bos_id, llama.eos_id, llama.pad_id) == (0, 1, 2, 0)
+    assert (llama.unk_id, llama.bos_id, llama.eos_id, llama.pad_id) == (0, 1, 2, 2)
     assert llama.decode([1, *llama.encode("the server"), 2]) == "the server"
+    assert llama.decode([0]).strip()  # an unknown token is seen
+    with pytest.raises(UserError, match="has no end of sequence: train it with an eos_id"):
+        SentencePieceVocabulary(train_other(lines, vocab_size=800, eos_id=-1, character_coverage=0.99))
 
 
 def test_tokenizer_json(text, tmp_path):
@@ -284,3 +287,24 @@ def test_tokenizer_json(text, tmp_path):
     (tmp_path / "tokenizer.json").write_text("[]")
     with pytest.raises(UserError, match=r"not a readable tokenizer\.json"):
         load(tmp_path)
+
+
+def test_a_tokenizer_without_padding_loses_no_text(tmp_path):
+    """LLaMA 3's: id 0 is text, and no token is for padding or the unknown."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE({character: id for id, character in enumerate("!HeloWrd")}, [])
+    )
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_str())
+    with pytest.raises(UserError, match="name its token as eos_token in a tokenizer_config"):
+        load(tmp_path)
+    tokenizer.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>", "<|eot|>"])
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_str())
+    vocabulary = load(tmp_path)
+    ids = vocabulary.encode("Hello!World!")
+    assert ids.count(0) == 2
+    assert vocabulary.decode([8, *ids, 9, vocabulary.pad_id]) == "Hello!World!"
+    assert (vocabulary.bos_id, vocabulary.eos_id, vocabulary.pad_id, vocabulary.unk_id) == (8, 9, 9, 9)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|eot|>"}')
+    assert (load(tmp_path).eos_id, load(tmp_path).pad_id) == (10, 10)
