@@ -1,21 +1,18 @@
 """Checkpoints: saved asynchronously with Orbax, checked when read, restored onto any mesh.
 
 A checkpoint is the folder `<checkpoints>/<step>`: `state` (Orbax: step, params, opt_state), `metadata` (JSON:
-what the run must know to go on) and `seal-*.json` (size and CRC-32 of every file). Orbax writes under a
-temporary name and renames, so a killed save leaves no half checkpoint under a step's name. The seals are
-ours: Orbax verifies its index but not its data (a flipped bit in an array of floats restores without
-complaint), so each file is summed once it is committed and compared before it is believed.
+what the run must know to go on) and `seal-*.json` (see seals.py). Orbax writes under a temporary name and
+renames, so a killed save leaves no half checkpoint under a step's name.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
-import threading
-import zlib
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -27,8 +24,8 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from t5style import console, run_dir
 from t5style.parallel.rules import path_name
+from t5style.train.seals import check, is_sealed, seal
 
-SEAL = "seal-{index}-of-{count}.json"
 STATE, METADATA = "state", "metadata"
 
 
@@ -70,7 +67,8 @@ class Checkpointer:
         self._best_metric = best_metric
         self._manager: ocp.CheckpointManager | None = None
         self._unsealed: list[int] = []
-        self._sealer: threading.Thread | None = None
+        self._pool = ThreadPoolExecutor(1, "seal")
+        self._sealing: Future[None] | None = None
 
     # --- saving ---
 
@@ -106,24 +104,24 @@ class Checkpointer:
         """Seals what has been committed since; cheap, never waits. Call it now and then.
 
         Raises:
-          UserError: the save under way has failed.
+          UserError: the save under way, or the sealing of the one before it, has failed.
         """
         if not self._unsealed or self._manager is None or self._manager.is_saving_in_progress():
             return
-        if self._sealer is not None and self._sealer.is_alive():
+        if self._sealing is not None and not self._sealing.done():
             return
         with self._told(self._unsealed[-1]):
             self._manager.check_for_errors()
+            self._sealed()
             steps, self._unsealed = self._unsealed, []
             # Reading the files back takes a while on a big model: not in the loop's thread.
-            self._sealer = threading.Thread(target=self._seal_all, args=(steps,), daemon=True)
-            self._sealer.start()
+            self._sealing = self._pool.submit(self._seal_all, steps)
 
     def wait(self) -> None:
         """Waits until everything saved is committed and sealed.
 
         Raises:
-          UserError: a save failed.
+          UserError: a save or its sealing failed.
         """
         with self._told(self._unsealed[-1] if self._unsealed else 0):
             self._finish()
@@ -141,17 +139,22 @@ class Checkpointer:
         if self._manager is None:
             return
         self._manager.wait_until_finished()
-        if self._sealer is not None:
-            self._sealer.join()
-            self._sealer = None
+        self._sealed()
         steps, self._unsealed = self._unsealed, []
         self._seal_all(steps)
+
+    def _sealed(self) -> None:
+        """Waits for the sealing thread; raises what went wrong in it, once."""
+        sealing, self._sealing = self._sealing, None
+        if sealing is not None:
+            sealing.result()
 
     def _seal_all(self, steps: list[int]) -> None:
         for step in steps:
             folder = self.folder / str(step)
-            if folder.exists():  # the keep policy may have removed it meanwhile
-                seal(folder)
+            with self._told(step):
+                if folder.exists():  # the keep policy may have removed it meanwhile
+                    seal(folder)
 
     def _told(self, step: int) -> _Told:
         return _Told(self, step)
@@ -161,38 +164,34 @@ class Checkpointer:
     def restore_latest(self, abstract_state: Any) -> tuple[Any, dict[str, Any]] | None:
         """The newest checkpoint that is whole, as (state, metadata); None if there is none.
 
-        A checkpoint that is damaged is renamed to `<step>.corrupt` and the one before it is tried; the
-        console says so. Nothing is deleted.
+        A checkpoint that is damaged or was never finished is renamed to `<step>.corrupt` and the one before
+        it is tried; the console says so. Nothing is deleted.
 
         Args:
           abstract_state: ShapeDtypeStructs with shardings: the mesh restored to, which need not be the one
             saved from.
 
         Raises:
-          UserError: the checkpoint is of another architecture or optimiser; or all of them are damaged.
+          UserError: the checkpoint is of another architecture or optimiser; it cannot be read though its
+            files are whole (no memory, no permission); or all of them are damaged.
         """
         steps = sorted(all_steps(self.folder), reverse=True)
         for leftover in sorted(unfinished(self.folder)):
-            console.say(f"checkpoint {leftover}: its save was never finished; it is ignored")
+            if leftover.isdigit():  # left in place it would forbid to save that step again
+                _set_aside(self.folder / leftover, "is unfinished: a copy or a save was cut off")
+            else:
+                console.say(f"checkpoint {leftover}: its save was never finished; it is ignored")
         for step in steps:
             path = self.folder / str(step)
-            problem = _agree(functools.partial(check, path))
+            problem = _agree(path, functools.partial(check, path, jax.process_index(), jax.process_count()))
             if problem is None:
-                try:
-                    return restore(path, abstract_state)
-                except run_dir.UserError:
-                    raise
-                except Exception as error:
-                    problem = _first_line(error)
-            aside = _aside(path)
+                restored: list[tuple[Any, dict[str, Any]]] = []
+                problem = _agree(path, functools.partial(_try, path, abstract_state, restored))
+                if problem is None:
+                    return restored[0]
             older = [s for s in steps if s < step]
-            console.say(
-                f"WARNING: checkpoint {path} is damaged ({problem}). It is kept as {aside.name}; "
-                + (f"going back to step {older[0]}." if older else "there is no older one.")
-            )
-            if jax.process_index() == 0:
-                path.rename(aside)
-            _barrier(f"t5style_corrupt_{step}")
+            back = f"going back to step {older[0]}" if older else "there is no older one"
+            _set_aside(path, f"is damaged ({problem}); {back}")
         if steps:
             raise run_dir.UserError(
                 f"all {len(steps)} checkpoints in {self.folder} are damaged; they are kept as *.corrupt. "
@@ -257,65 +256,15 @@ def _committed(step_folder: epath.Path) -> bool:
     return (step_folder / "_CHECKPOINT_METADATA").exists()
 
 
-def seal(folder: epath.Path) -> None:
-    """Writes this process's seal: size and CRC-32 of its share of the files of a committed checkpoint."""
-    index, count = jax.process_index(), jax.process_count()
-    share = _files(folder)[index::count]
-    with ThreadPoolExecutor(4) as pool:
-        sums = dict(zip(share, pool.map(lambda name: _sum(folder / name), share), strict=True))
-    run_dir.atomic_write(folder / SEAL.format(index=index, count=count), json.dumps(sums, indent=1))
-
-
-def check(folder: epath.Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None: this process's share of them against the seals."""
-    expected: dict[str, list[int]] = {}
-    try:
-        for entry in folder.iterdir():
-            if entry.name.startswith("seal-"):
-                expected |= json.loads(entry.read_text())
-    except ValueError as error:
-        return f"a seal cannot be read: {error}"
-    share = sorted(expected)[jax.process_index() :: jax.process_count()]
-    missing = [name for name in share if not (folder / name).exists()]
-    if missing:
-        return f"{missing[0]} is missing"
-    with ThreadPoolExecutor(4) as pool:
-        for name, found in zip(share, pool.map(lambda name: _sum(folder / name), share), strict=True):
-            if found[0] != expected[name][0]:
-                return f"{name} has {found[0]:,} bytes, not {expected[name][0]:,}"
-            if found[1] != expected[name][1]:
-                return f"the contents of {name} have changed since they were written"
-    return None
-
-
-def _files(folder: epath.Path, prefix: str = "") -> list[str]:
-    names: list[str] = []
-    for entry in folder.iterdir():
-        if entry.is_dir():
-            names += _files(entry, f"{prefix}{entry.name}/")
-        elif not entry.name.startswith(("seal-", ".")):
-            names.append(prefix + entry.name)
-    return sorted(names)
-
-
-def _sum(path: epath.Path) -> list[int]:
-    """[bytes, CRC-32] of a file. CRC-32 runs at 3 GB/s a core here; it guards against accidents, not
-    malice.
-    """
-    size, crc = 0, 0
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            size += len(block)
-            crc = zlib.crc32(block, crc)
-    return [size, crc]
-
-
-def _aside(path: epath.Path) -> epath.Path:
-    for k in range(1000):
-        aside = path.parent / (f"{path.name}.corrupt" + (f"-{k}" if k else ""))
-        if not aside.exists():
-            return aside
-    raise run_dir.UserError(f"{path.parent} holds 1,000 damaged checkpoints of step {path.name}: clear it.")
+def _set_aside(path: epath.Path, why: str) -> None:
+    """Renames a checkpoint that is not whole, and says so. Every process calls it."""
+    names = (f"{path.name}.corrupt" + (f"-{k}" if k else "") for k in itertools.count())
+    aside = next(path.parent / name for name in names if not (path.parent / name).exists())
+    console.say(f"WARNING: checkpoint {path} {why}. It is kept as {aside.name}.")
+    run_dir.barrier(f"seen {path}")
+    if run_dir.is_main_process():
+        path.rename(aside)
+    run_dir.barrier(f"renamed {path}")
 
 
 # --- reading ---
@@ -446,20 +395,44 @@ def _compare(path: epath.Path, expected: Any, saved: Any) -> None:
 # --- processes ---
 
 
-def _agree(problem: Callable[[], str | None]) -> str | None:
-    """Runs a check in every process; all get the same answer: the first problem found, or None."""
-    mine = problem()
-    if jax.process_count() == 1:
-        return mine
-    bad = np.asarray(multihost_utils.process_allgather(np.int32(mine is not None)))
-    if not bad.any():
-        return None
-    return mine or f"process {int(np.argmax(bad))} found damage in its share of the files"
+def _agree(path: epath.Path, attempt: Callable[[], str | None]) -> str | None:
+    """Checks or restores a checkpoint in every process; all get the same answer: its damage, or None.
+
+    Raises:
+      UserError: in every process, if one could not tell.
+    """
+    problem, failure = None, None
+    try:
+        problem = attempt()
+    except Exception as error:
+        failure = error
+    outcome = np.int32(2 if failure is not None else 1 if problem is not None else 0)
+    run_dir.barrier(f"read {path}")  # CPU devices wait for each other no longer than 30 s
+    everyone = np.asarray(multihost_utils.process_allgather(outcome))
+    process, worst = int(np.argmax(everyone)), int(np.max(everyone))
+    if worst == 2:
+        if isinstance(failure, run_dir.UserError):
+            raise failure
+        raise run_dir.UserError(
+            f"checkpoint {path} could not be read, though no damage was found: "
+            f"{_first_line(failure) if failure is not None else f'see process {process}'}. "
+            "Nothing was renamed: remove the cause (memory, permissions, the disk) and run the same command "
+            "again."
+        ) from failure
+    return None if worst == 0 else problem or f"process {process} found it"
 
 
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+def _try(path: epath.Path, abstract_state: Any, restored: list[tuple[Any, dict[str, Any]]]) -> str | None:
+    """Appends the restored checkpoint; without seals to prove otherwise, what hinders that is damage."""
+    try:
+        restored.append(restore(path, abstract_state))
+    except run_dir.UserError:
+        raise
+    except Exception as error:
+        if is_sealed(path):
+            raise
+        return _first_line(error)
+    return None
 
 
 def _first_line(error: BaseException) -> str:

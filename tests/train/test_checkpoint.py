@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from t5style import console, run_dir
 from t5style.parallel.mesh import MeshConfig
-from t5style.train import checkpoint
+from t5style.train import checkpoint, seals
 from t5style.train.checkpoint import Checkpointer
 from t5style.train.state import TrainState
 
@@ -180,6 +180,63 @@ def test_a_flipped_bit_would_restore_silently_without_seals(tmp_path: pathlib.Pa
         assert_same(restored[0], state(9))
 
 
+def test_a_whole_checkpoint_that_cannot_be_read_stays(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No memory, no permission: the files are whole, so nothing is renamed and no step is lost."""
+    save(tmp_path, 3, 9)
+
+    def fails(*arguments: Any) -> Any:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    for module, name in ((checkpoint, "restore"), (seals, "_sum")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, fails)
+            with pytest.raises(
+                run_dir.UserError, match=r"9 could not be read.*RESOURCE_EXHAUSTED.*Nothing was"
+            ):
+                Checkpointer(tmp_path).restore_latest(abstract(state(0)))
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["3", "9"]
+
+
+def test_what_one_process_finds_all_are_told(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen from process 0, whose own share and restoring are fine."""
+    save(tmp_path, 3, 9)
+    others = iter([0, 1, 0, 2])  # of process 1: share right, restoring damaged; then 3: it cannot read it
+    monkeypatch.setattr(
+        checkpoint.multihost_utils, "process_allgather", lambda mine: np.array([mine, next(others)])
+    )
+    with pytest.raises(run_dir.UserError, match=r"3 could not be read.*see process 1"):
+        Checkpointer(tmp_path).restore_latest(abstract(state(0)))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["3", "9.corrupt"]
+
+
+def test_half_copied_is_set_aside(tmp_path: pathlib.Path, said: list[str]) -> None:
+    """A folder that is no checkpoint would forbid to save that step, at every start."""
+    save(tmp_path, 3, 9)
+    (tmp_path / "9" / "_CHECKPOINT_METADATA").unlink()
+    restored = Checkpointer(tmp_path).restore_latest(abstract(state(0)))
+    assert restored is not None
+    assert restored[1]["step"] == 3
+    assert any("9 is unfinished" in line and "9.corrupt" in line for line in said)
+    save(tmp_path, 9)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["3", "9", "9.corrupt"]
+
+
+def test_a_failure_to_seal_is_told(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(folder: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "seal", fails)
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(3, state(3), {"step": 3})
+    while checkpointer._sealing is None:  # by the thread, then
+        checkpointer.poll()
+    with pytest.raises(run_dir.UserError, match=r"step 3 could not be written .* No space left"):
+        checkpointer.wait()
+    checkpointer.close()
+
+
 def test_half_written_is_ignored(tmp_path: pathlib.Path, said: list[str]) -> None:
     save(tmp_path, 3, 9)
     (tmp_path / "9").rename(tmp_path / "9.orbax-checkpoint-tmp")
@@ -259,3 +316,13 @@ def test_restore_params_names_what_is_wrong(tmp_path: pathlib.Path, said: list[s
     assert (tmp_path / "9").exists(), "a reader renames nothing"
     with pytest.raises(run_dir.UserError, match="is damaged: the contents of"):
         checkpoint.restore_params(tmp_path / "9")
+
+
+def test_every_process_finds_the_same(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readers agree with nobody, so each looks at all the files, whatever its number."""
+    save(tmp_path, 3, 9)
+    damage_bit(tmp_path / "9")
+    monkeypatch.setattr(jax, "process_count", lambda: 64)
+    for process in range(0, 64, 9):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        assert checkpoint.find(tmp_path).name == "3"

@@ -113,7 +113,7 @@ def main() -> int:
     """Runs the job in its folder, as launch does; prints its figures."""
     folder, store, text = sys.argv[1:4]
     if distributed.initialize():
-        run_dir.set_process(jax.process_index())
+        run_dir.set_process(jax.process_index(), distributed.barrier)
     fields = json.loads(text)
     if batches := fields.pop("poison", None):
         poison(batches)
