@@ -2,7 +2,7 @@
 
 - A file whose comments show commands (`python -m t5style.main --gin_file=...`): each command must load.
 - Otherwise a file that binds launch.run.job must load by itself.
-- Otherwise the file is a piece: everything that it sets must build.
+- Otherwise the file is a piece: it must load in its place among others, as the README composes them.
 
 Macros that a file leaves to its user (unset, or %gin.REQUIRED) get the values in SAMPLES.
 """
@@ -18,7 +18,11 @@ from typing import Any
 import pytest
 
 from t5style import launch, run_dir
-from t5style.settings import REQUIRED, Macro, Reference, Settings
+from t5style.corpus.vocabulary import ByteVocabulary
+from t5style.data.objectives import DECODER_ONLY, ENCODER_DECODER, Windowed
+from t5style.data.task import Mixture
+from t5style.settings import REQUIRED, Macro, Settings
+from t5style.train.pretrain import Pretrain
 from tests import helpers
 
 FILES = sorted(
@@ -30,10 +34,43 @@ FILES = sorted(
 # Values for what the user must give. Strings as on the command line.
 SAMPLES = {
     "RUN_DIR": "runs/test",
-    "TEXT_FILES": "['text.txt']",
+    "INIT_FROM": "'runs/small'",
+    "MODEL": "'runs/small'",
     "STORE": "'tokens'",
     "SUPERVISED_STORE": "'pairs'",
 }
+
+# The README's order, with the piece that stands for the others of its folder.
+PLACES = {
+    "models": "gin/models/t5_tiny.gin",
+    "data": "gin/data/span_corruption.gin",
+    "mesh": "gin/mesh/single.gin",
+    "optim": "gin/optim/adamw.gin",
+    "runs": "gin/runs/pretrain.gin",
+}
+
+
+def pretraining(**pieces: str) -> list[str]:
+    """A whole composition, with these pieces in their places."""
+    places = PLACES | pieces
+    if places["data"] == "gin/data/causal_lm.gin":
+        places["models"] = "gin/models/llama_tiny.gin"
+    return list(places.values())
+
+
+def compositions() -> list[list[str]]:
+    """Every piece in its place of a pretraining, and every task also with the other jobs that take one."""
+    found = []
+    for file in FILES:
+        folder = pathlib.PurePath(file).parts[1]
+        if folder in PLACES and folder != "runs":
+            found.append(pretraining(**{folder: file}))
+        if folder == "data":
+            found.append(pretraining(data=file, runs="gin/runs/finetune.gin"))
+            found.append([file, "gin/runs/replay.gin"])
+            if file != "gin/data/mixture.gin":
+                found.append([file, "gin/runs/evaluate.gin"])
+    return [list(files) for files in dict.fromkeys(map(tuple, found))]
 
 
 def commands(text: str) -> list[list[str]]:
@@ -73,19 +110,6 @@ def macros_in(value: Any) -> set[str]:
     return {name for item in items for name in macros_in(item)}
 
 
-def references_in(value: Any) -> list[Reference]:
-    if isinstance(value, Reference):
-        return [value]
-    items = (
-        [*value, *value.values()]
-        if isinstance(value, dict)
-        else value
-        if isinstance(value, list | tuple)
-        else []
-    )
-    return [reference for item in items for reference in references_in(item)]
-
-
 def has_job(settings: Settings) -> bool:
     return any(
         b.target is not None and b.target.thing is launch.run and b.field == "job"
@@ -93,28 +117,8 @@ def has_job(settings: Settings) -> bool:
     )
 
 
-def build_piece(file: str, folder: pathlib.Path) -> Any:
-    """Builds everything that a piece sets, held by a job made for it."""
-    settings = launch.read([file])
-    referred = {id(r.target.thing) for b in settings.bindings.values() for r in references_in(b.value)}
-    used = {name for b in settings.bindings.values() for name in macros_in(b.value)}
-    roots = [f"%{b.field}" for b in settings.bindings.values() if b.target is None and b.field not in used]
-    for binding in settings.bindings.values():
-        if binding.target is not None and id(binding.target.thing) not in referred:
-            roots.append(repr(Reference(binding.scope, binding.target, True)))
-    wrapper = folder / "piece.gin"
-    wrapper.write_text(
-        "from __gin__ import dynamic_registration\nfrom t5style import launch\nfrom tests import fake_jobs\n"
-        + "".join(f"{statement}\n" for statement in settings.imports)
-        + f"include '{file}'\n"
-        "launch.run.run_dir = 'runs/test'\nlaunch.run.job = @fake_jobs.Hold()\n"
-        f"fake_jobs.Hold.parts = [{', '.join(dict.fromkeys(roots))}]\n"
-    )
-    return launch.load([str(wrapper)], with_samples([str(wrapper)], [])).job
-
-
 @pytest.mark.parametrize("file", FILES)
-def test_every_gin_file_builds(file, tmp_path, monkeypatch):
+def test_every_gin_file_builds(file, monkeypatch):
     monkeypatch.chdir(helpers.ROOT)
     text = pathlib.Path(file).read_text()
     shown = commands(text)
@@ -125,10 +129,24 @@ def test_every_gin_file_builds(file, tmp_path, monkeypatch):
     if shown:
         return
     if has_job(launch.read([file])):
-        job = launch.load([file], with_samples([file], [])).job
+        assert run_dir.fingerprint(launch.load([file], with_samples([file], [])).job)
     else:
-        job = build_piece(file, tmp_path)
+        assert any(file in files for files in compositions()), f"{file} is in no composition"
+
+
+@pytest.mark.parametrize("files", compositions(), ids=lambda files: "+".join(files).replace(".gin", ""))
+def test_pieces_compose(files, monkeypatch):
+    monkeypatch.chdir(helpers.ROOT)
+    job = launch.load(files, with_samples(files, [])).job
     assert run_dir.fingerprint(job)
+    if not isinstance(job, Pretrain):
+        return
+    # The lengths that come with a task fit it.
+    architecture = ENCODER_DECODER if job.model.encoder_layers else DECODER_ONLY
+    for task in job.task.tasks if isinstance(job.task, Mixture) else [job.task]:
+        assert "encoder" in job.lengths or architecture == DECODER_ONLY
+        if isinstance(task.objective, Windowed):
+            assert task.objective.window(job.lengths, architecture, ByteVocabulary()) > 1
 
 
 def test_there_are_gin_files_and_the_quickstart_is_one():
@@ -159,11 +177,12 @@ def test_a_plain_install_takes_every_folder_of_gin_files_along():
 def test_a_piece_that_sets_something_wrong_is_found(tmp_path):
     piece = tmp_path / "bad.gin"
     piece.write_text(
-        "from __gin__ import dynamic_registration\nfrom tests import fake_jobs\n"
-        "fake_jobs.Write.text = 'x'\nfake_jobs.Write.size = 0\n"
+        "from __gin__ import dynamic_registration\n"
+        "from t5style.parallel import mesh\nmesh.MeshConfig.fsdp = 0\n"
     )
-    with pytest.raises(launch.ConfigError, match="size must be at least 1"):
-        build_piece(str(piece), tmp_path)
+    files = pretraining(mesh=str(piece))
+    with pytest.raises(launch.ConfigError, match="fsdp"):
+        launch.load(files, with_samples(files, []))
 
 
 def test_commands_in_comments_are_found():
