@@ -28,7 +28,7 @@ import gin
 import rich.console
 from gin import config_parser
 
-from t5style import run_dir, runner, workflow
+from t5style import lineage, run_dir, runner, workflow
 from t5style.console import console, make_table, say
 from t5style.run_dir import UserError
 from t5style.settings import (
@@ -80,7 +80,7 @@ def search_folders(extra: Sequence[str] = ()) -> list[str]:
     return [
         "",
         *extra,
-        *(str(place) for place in (runner.ROOT, installed) if os.path.isdir(os.path.join(place, "gin"))),
+        *(str(place) for place in (lineage.ROOT, installed) if os.path.isdir(os.path.join(place, "gin"))),
     ]
 
 

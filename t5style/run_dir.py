@@ -22,6 +22,7 @@ import pathlib
 import socket
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -282,33 +283,30 @@ class RunDir:
         figures: Mapping[str, Any] | None = None,
         started: str | None = None,
     ) -> dict[str, Any]:
-        """Writes `manifest.json`, the sign that the job `job` is done, and returns it.
+        """Writes `manifest.json`, the sign that the job `job` is done, and returns it. For process 0.
 
         Args:
           job: the job's dataclass instance, whose canonical tree and fingerprint are recorded.
           inputs: path (or stage name) -> fingerprint of everything the result depends on.
-          figures: what the job returned.
+          figures: what the job returned. Its `fingerprint`, of the result's content, is that of the manifest;
+            without one the manifest gets a new one, for nobody knows whether the result is the same again.
           started: ISO time; now if not given.
         """
-        config_fingerprint = fingerprint(job)
-        inputs = dict(inputs or {})
+        figures = dict(figures or {})
         manifest = {
             "job": _qualified(type(job)),
             "status": "done",
-            "fingerprint": fingerprint([config_fingerprint, sorted(inputs.values())]),
-            "config_fingerprint": config_fingerprint,
-            "inputs": inputs,
+            "fingerprint": figures.get("fingerprint") or uuid.uuid4().hex[:16],
+            "config_fingerprint": fingerprint(job),
+            "inputs": dict(inputs or {}),
             "outputs": sorted(e.name for e in self.path.iterdir() if not e.name.startswith(".")),
-            "figures": dict(figures or {}),
+            "figures": figures,
             "started": started or now(),
             "finished": now(),
             "config": canonical(job),
         }
-        if is_main_process():
-            atomic_write(
-                self.path / MANIFEST,
-                json.dumps(manifest, indent=1, ensure_ascii=False, default=_plain) + "\n",
-            )
+        text = json.dumps(manifest, indent=1, ensure_ascii=False, default=_plain)
+        atomic_write(self.path / MANIFEST, text + "\n")
         return manifest
 
     def write_lineage(self, entries: Mapping[str, Any]) -> None:

@@ -1,21 +1,14 @@
-"""Carrying out a built configuration: processes, run folder, lineage, the job itself, and what is said when
-it fails.
-"""
+"""Carrying out a built configuration: processes, run folder, the job, what is said when it fails."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import os
-import platform
-import shlex
-import subprocess
 import sys
 import traceback
 import types
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from t5style import run_dir, workflow
@@ -23,7 +16,6 @@ from t5style.console import console, say
 from t5style.parallel.rendezvous import has_tpu
 from t5style.run_dir import RunDir, UserError
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "config.gin"
 OPERATIVE = "operative_config.gin"
 ERROR = "error.txt"
@@ -65,7 +57,7 @@ def execute(job: Any, folder: str, text: ConfigText | None = None) -> dict[str, 
                 inputs = workflow.all_inputs(job, {}, run)
                 if workflow.state(job, run, inputs)[0] != "changed":  # else `perform` refuses: touch nothing
                     _write_description(run, text)
-                figures = workflow.perform(job, run, {}, root=run, replace=False)
+                figures = workflow.perform(job, run, inputs, root=run, replace=False)
         except workflow.OtherSettings:
             raise
         except Exception as error:
@@ -99,24 +91,20 @@ def _keep_error(run: RunDir, error: Exception) -> None:
 
 
 def _write_description(run: RunDir, text: ConfigText | None) -> None:
-    """config.gin, operative_config.gin and lineage.json. A config.gin that says the same is left alone, with
-    its places.
-    """
-    if not run_dir.is_main_process():
+    """config.gin and operative_config.gin. A config.gin that says the same is left alone, with its places."""
+    if text is None or not run_dir.is_main_process():
         return
     run.create()
-    if text is not None:
-        config = run.path / CONFIG
-        before = config.read_text() if config.exists() else None
-        if before is None or _bare(before) != _bare(text.given):
-            if before is not None:
-                number = 1
-                while (kept := run.path / f"config.replaced-{number}.gin").exists():
-                    number += 1
-                run_dir.atomic_write(kept, before)
-            run_dir.atomic_write(config, text.given)
-        run_dir.atomic_write(run.path / OPERATIVE, text.operative)
-    run.write_lineage(_lineage())
+    config = run.path / CONFIG
+    before = config.read_text() if config.exists() else None
+    if before is None or _bare(before) != _bare(text.given):
+        if before is not None:
+            number = 1
+            while (kept := run.path / f"config.replaced-{number}.gin").exists():
+                number += 1
+            run_dir.atomic_write(kept, before)
+        run_dir.atomic_write(config, text.given)
+    run_dir.atomic_write(run.path / OPERATIVE, text.operative)
 
 
 def _bare(config: str) -> list[str]:
@@ -124,42 +112,6 @@ def _bare(config: str) -> list[str]:
     return sorted(
         line.split("  # ", 1)[0] for line in config.splitlines() if line and not line.startswith("#")
     )
-
-
-def _lineage() -> dict[str, Any]:
-    versions = {
-        d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"]
-    }
-    return {
-        "code": _git(),
-        "command": shlex.join(sys.orig_argv),
-        "started": run_dir.now(),
-        "host": platform.node(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "packages": dict(sorted(versions.items(), key=lambda item: item[0].lower())),
-    }
-
-
-def _git() -> dict[str, Any]:
-    """Commit of the code that runs, and whether files differ from it; the version alone if it is not in a
-    repository.
-    """
-    code: dict[str, Any] = {"version": importlib.metadata.version("t5style")}
-    if (ROOT / ".git").exists():
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            git = ["git", "-C", str(ROOT)]
-            ask = {
-                "check": True,
-                "capture_output": True,
-                "text": True,
-                "timeout": 20,
-                "stdin": subprocess.DEVNULL,
-            }
-            code["commit"] = subprocess.run([*git, "rev-parse", "HEAD"], **ask).stdout.strip()  # type: ignore[call-overload]
-            changed = subprocess.run([*git, "status", "--porcelain"], **ask).stdout.splitlines()  # type: ignore[call-overload]
-            code["changed_files"] = [line[3:] for line in changed]
-    return code
 
 
 def report(error: BaseException) -> None:

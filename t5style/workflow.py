@@ -7,16 +7,19 @@ and returns its figures. It may declare:
 - `distributed: ClassVar[bool] = True`: every process runs it (otherwise process 0 alone, while the others
   wait);
 - `may_change: ClassVar[tuple[str, ...]]`: fields that may change between two starts in one folder (`steps`
-  of a training job);
-- `inputs(self) -> Sequence[str]`: files or folders outside of the run whose content decides the result;
+  of a training job), and with them the stages that they refer to;
+- `inputs(self) -> Sequence[str]`: files or folders whose content decides the result;
 - `dry_run(self, run) -> None`: says more about what it would do, for --dry_run.
 
-Whether a job is done is read from its folder's manifest.json: same configuration and same inputs.
-`started.json` says the same of a job that was begun.
+Whether a job is done is read from its folder's manifest.json: same configuration and same inputs, wherever
+they lie. `started.json` says the same of a job that was begun. The jobs that use its result see the
+manifest's fingerprint: what the job calls `fingerprint` among its figures (of the result's content), or else
+a new one each time that it ran.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import difflib
 import inspect
@@ -26,7 +29,9 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
-from t5style import run_dir
+from etils import epath
+
+from t5style import lineage, run_dir
 from t5style.console import duration, say
 from t5style.run_dir import RunDir, UserError
 
@@ -96,13 +101,17 @@ class Workflow:
             child = run.child(name)
             say(f"[{number}/{len(self.stages)}] {name}: {purpose(job)}")
             with child.lock():
-                figures[name] = perform(job, child, self.stage_inputs(name, run), root=run, replace=True)
+                inputs = all_inputs(job, self.stage_inputs(name, run), run)
+                figures[name] = perform(job, child, inputs, root=run, replace=True)
         return figures
 
     def stage_inputs(self, name: str, run: RunDir) -> dict[str, str]:
-        """Fingerprints of the stages that the stage `name` uses, by `run:` reference."""
+        """Fingerprints of the stages that decide the result of the stage `name`, by `run:` reference."""
+        job = self.stages[name]
+        free = getattr(job, "may_change", ())
+        fixed = [getattr(job, field.name) for field in dataclasses.fields(job) if field.name not in free]
         result = {}
-        for needed in stage_references(self.stages[name]):
+        for needed in stage_references(fixed):
             manifest = run.child(needed).read_manifest()
             result[f"{PREFIX}{needed}"] = str(manifest["fingerprint"]) if manifest else "not made yet"
         return result
@@ -145,9 +154,9 @@ def references(value: Any) -> Iterator[str]:
             yield from references(getattr(value, field.name))
 
 
-def stage_references(job: Any) -> list[str]:
-    """The stages that a job refers to, each once."""
-    return list(dict.fromkeys(text[len(PREFIX) :].split("/", 1)[0] for text in references(job)))
+def stage_references(value: Any) -> list[str]:
+    """The stages that a job (or any tree) refers to, each once."""
+    return list(dict.fromkeys(text[len(PREFIX) :].split("/", 1)[0] for text in references(value)))
 
 
 def resolve(value: T, run: RunDir) -> T:
@@ -176,10 +185,10 @@ def all_inputs(job: Any, stages: Mapping[str, str], root: RunDir) -> dict[str, s
     """Fingerprints of all that decides the job's result besides its configuration: `stages`, and its own
     `inputs()`.
     """
-    external = resolve(job, root).inputs() if hasattr(job, "inputs") else ()
-    inside = str(root.path)
-    paths = [path for path in external if not str(path).startswith(inside)]  # stages are in `stages` already
-    return {**stages, **{str(path): run_dir.path_fingerprint(path) for path in paths}}
+    paths = resolve(job, root).inputs() if hasattr(job, "inputs") else ()
+    known = [root.path / name for name in stage_references(job)]  # `stages` says all about these
+    external = [path for path in paths if not any(epath.Path(path).is_relative_to(stage) for stage in known)]
+    return {**stages, **{str(path): run_dir.path_fingerprint(path) for path in external}}
 
 
 def state(job: Any, run: RunDir, inputs: Mapping[str, str]) -> tuple[State, list[str]]:
@@ -187,18 +196,28 @@ def state(job: Any, run: RunDir, inputs: Mapping[str, str]) -> tuple[State, list
     for record, same in ((run.read_manifest(), "done"), (_read_started(run), "unfinished")):
         if record is None or "config" not in record or "config_fingerprint" not in record:
             continue
-        if record["config_fingerprint"] == run_dir.fingerprint(job) and record["inputs"] == dict(inputs):
+        changed_inputs = _changed_inputs(record["inputs"], inputs)
+        if record["config_fingerprint"] == run_dir.fingerprint(job) and not changed_inputs:
             return ("done" if same == "done" else "unfinished"), []
         config = run_dir.canonical(job)
         changes = list(differences(record["config"], config))
         free = set(getattr(job, "may_change", ()))
         kept = [{k: v for k, v in tree.items() if k not in free} for tree in (record["config"], config)]
-        if kept[0] == kept[1] and record["inputs"] == dict(inputs):
+        if kept[0] == kept[1] and not changed_inputs:
             return "continued", changes
-        names = sorted(record["inputs"].keys() | inputs.keys())
-        changes += [f"input {n} changed" for n in names if record["inputs"].get(n) != inputs.get(n)]
-        return "changed", changes
+        return "changed", changes + [f"input {name} changed" for name in changed_inputs]
     return "new", []
+
+
+def _changed_inputs(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+    """The inputs whose content is not among the old ones, else those that are no more. Where they lie does
+    not matter: the paths that were given are in the configuration.
+    """
+    before, after = collections.Counter(old.values()), collections.Counter(new.values())
+    fresh, gone = after - before, before - after
+    return [name for name, content in new.items() if content in fresh] or [
+        name for name, content in old.items() if content in gone
+    ]
 
 
 def _read_started(run: RunDir) -> dict[str, Any] | None:
@@ -210,9 +229,10 @@ def _read_started(run: RunDir) -> dict[str, Any] | None:
 
 
 def perform(
-    job: Any, run: RunDir, stages: Mapping[str, str], *, root: RunDir, replace: bool
+    job: Any, run: RunDir, inputs: Mapping[str, str], *, root: RunDir, replace: bool
 ) -> dict[str, Any]:
-    """Runs a job in its folder unless it is done there; returns its figures.
+    """Runs a job in its folder unless it is done there with these inputs (see `all_inputs`); returns its
+    figures.
 
     Precedence: done with this configuration and inputs -> skip; begun with them (or with changes in
       `may_change` only) -> call the job, which goes on by itself; begun with others -> move the folder aside
@@ -221,47 +241,52 @@ def perform(
     Raises OtherSettings if the folder holds another configuration's work and `replace` is False.
     """
     started = time.monotonic()
-    inputs = all_inputs(job, stages, root)
     how, changes = state(job, run, inputs)
-    run_dir.barrier(
-        f"decided {run.path}"
-    )  # every process must have read the folder before process 0 changes it
+    # Every process must have read the folder before process 0 changes it.
+    run_dir.barrier(f"decided {run.path}")
     if how == "done":
         say(f"    done already: {run.path}")
         return dict((run.read_manifest() or {}).get("figures", {}))
+    if how == "changed" and not replace:
+        raise OtherSettings(
+            f"run folder {run.path} holds a run with other settings ({_few(changes)}); "
+            f"choose another RUN_DIR, or move that folder away"
+        )
+    if run_dir.is_main_process():
+        _prepare(job, run, inputs, how, changes)
+    # And no process may work in the folder before process 0 has put it in order.
+    run_dir.barrier(f"prepared {run.path}")
+    begun = run_dir.now()
+    figures: dict[str, Any] = {}
+    if getattr(job, "distributed", False) or run_dir.is_main_process():
+        figures = dict(resolve(job, root)(run) or {})
+    if run_dir.is_main_process():
+        run.write_manifest(job, inputs=inputs, figures=figures, started=begun)
+    run_dir.barrier(f"finished {run.path}")
+    say(f"    {run.path}, {duration(time.monotonic() - started)}{summary(figures)}")
+    return figures
+
+
+def _prepare(job: Any, run: RunDir, inputs: Mapping[str, str], how: State, changes: list[str]) -> None:
+    """Makes the folder ready for the job, and writes down what is going to work in it."""
     if how == "changed":
-        if not replace:
-            raise OtherSettings(
-                f"run folder {run.path} holds a run with other settings ({_few(changes)}); "
-                f"choose another RUN_DIR, or move that folder away"
-            )
-        if run_dir.is_main_process():
-            say(f"    settings changed ({_few(changes)}): the old results are now in {_move_aside(run)}")
+        say(f"    settings changed ({_few(changes)}): the old results are now in {_move_aside(run)}")
     elif how == "continued":
         say(f"    settings changed ({_few(changes)}): going on from what is there")
     elif how == "unfinished":
         say(f"    unfinished: going on in {run.path}")
     run.create()
+    if run.read_manifest() is not None:
+        (run.path / run_dir.MANIFEST).unlink()  # what it says is not true any more
     record = {
         "config_fingerprint": run_dir.fingerprint(job),
-        "inputs": inputs,
+        "inputs": dict(inputs),
         "config": run_dir.canonical(job),
+        "started": run_dir.now(),
     }
-    if run_dir.is_main_process():
-        if run.read_manifest() is not None:
-            (run.path / run_dir.MANIFEST).unlink()  # what it says is not true any more
-        run_dir.atomic_write(
-            run.path / STARTED, json.dumps(record | {"started": run_dir.now()}, indent=1) + "\n"
-        )
-        run.write_lineage({"inputs": inputs})
-    begun = run_dir.now()
-    figures: dict[str, Any] = {}
-    if getattr(job, "distributed", False) or run_dir.is_main_process():
-        figures = dict(resolve(job, root)(run) or {})
-    run.write_manifest(job, inputs=inputs, figures=figures, started=begun)
-    run_dir.barrier(f"finished {run.path}")
-    say(f"    {run.path}, {duration(time.monotonic() - started)}{summary(figures)}")
-    return figures
+    run_dir.atomic_write(run.path / STARTED, json.dumps(record, indent=1) + "\n")
+    before = run.read_lineage().get("sessions", []) if how in ("unfinished", "continued") else []
+    run.write_lineage({"inputs": dict(inputs), "sessions": [*before, lineage.session()]})
 
 
 def _move_aside(run: RunDir) -> str:

@@ -30,10 +30,11 @@ ALLOWED: dict[str, set[str]] = {
     "run_dir": {"files"},
     "console": {"run_dir"},
     "settings": {"run_dir"},
-    "workflow": COMMON,
+    "lineage": {"run_dir"},
+    "workflow": COMMON | {"lineage"},
     "runner": COMMON | {"workflow", "parallel"},
-    "launch": COMMON | {"settings", "workflow", "runner"},
-    "main": {"launch"},
+    "launch": COMMON | {"settings", "lineage", "workflow", "runner"},
+    "main": {"launch", "runner"},
     "__init__": {"infer"},
 }
 # Packages that only these modules may import, at all.

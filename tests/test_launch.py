@@ -301,15 +301,19 @@ def test_a_run_leaves_its_description_and_its_saved_configuration_runs_again(wor
         f"TEXT = 'hello'  # {os.path.relpath(workflow_file)}:10" in config or f"{workflow_file}:10" in config
     )
     assert "fake_jobs.Write.rate = 0.5" in (run / "operative_config.gin").read_text()
-    lineage = json.loads((run / "lineage.json").read_text())
-    assert lineage["packages"]["gin-config"]
-    assert lineage["python"] == sys.version.split()[0]
-    assert "--gin.Write.size=3" in lineage["command"]
-    assert json.loads((run / "count" / "lineage.json").read_text())["inputs"].keys() == {"run:write"}
+    lineage = json.loads((run / "count" / "lineage.json").read_text())
+    assert lineage["inputs"].keys() == {"run:write"}
+    (session,) = lineage["sessions"]
+    assert session["packages"]["gin-config"]
+    assert session["python"] == sys.version.split()[0]
+    assert session["code"]["version"]
+    assert "--gin.Write.size=3" in session["command"]
 
     again = run_main(f"--gin_file={run}/config.gin")
     assert again.output.count("done already") == 2
     assert (run / "config.gin").read_text() == config  # the places of its first writing stay
+    assert json.loads((run / "count" / "lineage.json").read_text()) == lineage  # skipped: nothing was made
+    assert not (run / "lineage.json").exists()  # the workflow itself makes nothing
     moved = run_main(f"--gin_file={run}/config.gin", f"--gin.RUN_DIR={tmp_path}/again")
     assert moved.returncode == 0, moved.output
     assert (tmp_path / "again" / "count" / "manifest.json").exists()

@@ -7,6 +7,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import shutil
+from typing import ClassVar
 
 import pytest
 
@@ -85,11 +87,103 @@ def test_external_inputs_decide_too(tmp_path):
         job(RunDir(tmp_path / "run"))
 
 
-def test_a_moved_run_is_still_done(tmp_path):
-    pair()(RunDir(tmp_path / "here"))
+@dataclasses.dataclass(frozen=True)
+class Packaged:
+    """Reads a file that lies somewhere else on every machine."""
+
+    where: ClassVar[pathlib.Path]
+
+    def inputs(self) -> list[str]:
+        return [str(self.where)]
+
+    def __call__(self, run: RunDir) -> dict[str, object]:
+        (run.path / "calls.txt").open("a").write("x")
+        return {}
+
+
+def test_a_moved_run_is_still_done_and_so_is_one_whose_inputs_moved(tmp_path, monkeypatch):
+    flow = Workflow({**pair().stages, "packaged": Packaged()})
+    monkeypatch.setattr(Packaged, "where", tmp_path / "old" / "sample.txt", raising=False)
+    Packaged.where.parent.mkdir()
+    Packaged.where.write_text("sample")
+    flow(RunDir(tmp_path / "here"))
     (tmp_path / "here").rename(tmp_path / "there")
-    pair()(RunDir(tmp_path / "there"))
-    assert calls(tmp_path / "there" / "write") == 1
+    (tmp_path / "old").rename(tmp_path / "new")
+    monkeypatch.setattr(Packaged, "where", tmp_path / "new" / "sample.txt")
+    flow(RunDir(tmp_path / "there"))
+    assert calls(tmp_path / "there" / "write") == calls(tmp_path / "there" / "packaged") == 1
+    Packaged.where.write_text("another")
+    assert [how for _, _, how in workflow.plan(flow, RunDir(tmp_path / "there"))][2] == (
+        f"done or begun with other settings (input {Packaged.where} changed)"
+    )
+
+
+def test_inputs_beside_the_run_or_inside_it_are_not_taken_for_stages(tmp_path):
+    for store in (tmp_path / "runs" / "small_corpus", tmp_path / "runs" / "small" / "corpus"):
+        run, job = RunDir(tmp_path / "runs" / "small"), Count(str(store / "text"))
+        for text in ("one", "three"):
+            store.mkdir(parents=True, exist_ok=True)
+            (store / "text").write_text(text)
+            inputs = workflow.all_inputs(job, {}, run)
+            assert inputs == {str(store / "text"): run_dir.path_fingerprint(store / "text")}
+        workflow.perform(job, run.child(store.name), inputs, root=run, replace=False)
+        (store / "text").write_text("other")
+        again = workflow.all_inputs(job, {}, run)
+        assert workflow.state(job, run.child(store.name), again)[0] == "changed"
+
+
+def test_a_stage_made_anew_is_new_to_those_that_use_it(tmp_path):
+    pair()(RunDir(tmp_path))
+    shutil.rmtree(tmp_path / "write")
+    assert [how for _, _, how in workflow.plan(pair(), RunDir(tmp_path))] == [
+        "will run",
+        "will run after write",
+    ]
+    pair()(RunDir(tmp_path))
+    assert (tmp_path / "count.replaced-1").exists()
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Trains until `steps`; how it is laid out and watched may change, and does not change the result."""
+
+    steps: int = 1
+    mesh: Part = Part()  # noqa: RUF009
+    watch: str = ""
+
+    may_change: ClassVar[tuple[str, ...]] = ("steps", "mesh", "watch")
+
+    def __call__(self, run: RunDir) -> dict[str, object]:
+        (run.path / "calls.txt").open("a").write("x")
+        return {"fingerprint": f"after {self.steps} steps"}
+
+
+def test_a_nested_field_may_change_and_an_equal_result_is_not_new(tmp_path, capsys):
+    def flow(**fields: object) -> Workflow:
+        train = Train(**fields)  # type: ignore[arg-type]
+        return Workflow(
+            {"a": Write("a"), "b": Write("b"), "train": train, "count": Count("run:train/calls.txt")}
+        )
+
+    def counts() -> tuple[int, int]:
+        return calls(tmp_path / "train"), len(list(tmp_path.glob("count*")))
+
+    flow()(RunDir(tmp_path))
+    assert counts() == (1, 1)
+    capsys.readouterr()
+    flow(mesh=Part(size=8), watch="run:a/out.txt")(RunDir(tmp_path))
+    said = capsys.readouterr().err
+    assert "settings changed (mesh.size: 1 -> 8; watch: '' -> 'run:a/out.txt'): going on" in said
+    flow(mesh=Part(size=8), watch="run:b/out.txt")(RunDir(tmp_path))
+    assert counts() == (3, 1)
+    flow(steps=2, mesh=Part(size=8))(RunDir(tmp_path))
+    assert counts() == (4, 2)
+    assert len(RunDir(tmp_path / "train").read_lineage()["sessions"]) == 4
+    # The same for a job by itself.
+    run = RunDir(tmp_path / "single")
+    for job, how in ((Train(), "new"), (Train(mesh=Part(2)), "continued"), (Train(mesh=Part(2)), "done")):
+        assert workflow.state(job, run, {})[0] == how
+        workflow.perform(job, run, {}, root=run, replace=False)
 
 
 def test_a_single_job_refuses_what_a_workflow_replaces(tmp_path):
@@ -165,7 +259,25 @@ def test_other_processes_run_distributed_stages_only_and_wait_for_the_rest(tmp_p
     assert not (tmp_path / "write" / "out.txt").exists()
     assert (tmp_path / "all" / "parts.json").exists()
     assert not (tmp_path / "all" / "manifest.json").exists()
-    assert [w.split()[0] for w in waits] == ["decided", "finished"] * 2
+    # Read by all, then put in order by process 0 alone, then worked in: a barrier between each.
+    assert [w.split()[0] for w in waits] == ["decided", "prepared", "finished"] * 2
+
+
+def test_the_folder_is_in_order_before_any_process_works_in_it(tmp_path):
+    flow = lambda parts: Workflow({"all": Everywhere(parts)})  # noqa: E731
+    flow([1])(RunDir(tmp_path))
+    seen = {}
+
+    def barrier(name):
+        seen[name.split()[0]] = sorted(p.name for p in (tmp_path / "all").iterdir() if p.name != ".lock")
+
+    run_dir.set_process(0, barrier)
+    try:
+        flow([2])(RunDir(tmp_path))
+    finally:
+        run_dir.set_process(0)
+    assert "manifest.json" in seen["decided"]
+    assert seen["prepared"] == ["lineage.json", "started.json"]
 
 
 def test_plan_tells_what_would_happen(tmp_path):

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from etils import epath
-
 from t5style.report import charts, evaluation
 from t5style.report.stage import Stage
 from t5style.run_dir import RunDir
@@ -28,9 +26,7 @@ PACKAGES = (
 def build(stages: list[Stage]) -> dict[str, Any]:
     """Everything the template shows; under 'charts', the Plotly figures by the id of their place."""
     figures: dict[str, charts.Figure] = {}
-    run = stages[
-        0
-    ].folder.parent  # where the stages of one workflow lie, with the run's own lineage and config
+    run = stages[0].folder.parent  # where the stages of one workflow lie, with the run's own config
     return {
         "tiles": tiles(stages),
         "stages": [summary(stage) for stage in stages],
@@ -41,7 +37,7 @@ def build(stages: list[Stage]) -> dict[str, Any]:
         "evaluations": [part for stage in stages for part in evaluation.evaluations(stage, figures)],
         "samples": [group for stage in stages for group in evaluation.samples(stage)],
         "vocabularies": [facts for stage in stages if (facts := vocabulary(stage))],
-        "lineage": lineage(stages, run),
+        "lineage": lineage(stages),
         "configs": [(stage.name, tree(stage.config)) for stage in stages],
         "gin": (run / CONFIG).read_text() if (run / CONFIG).exists() else "",
         "charts": figures,
@@ -237,11 +233,13 @@ def goodput(stage: Stage) -> dict[str, Any] | None:
     }
 
 
-def lineage(stages: list[Stage], folder: epath.Path) -> dict[str, Any]:
-    """Where everything came from: code, machine, packages, and how the stages depend on each other."""
-    # A workflow has one for all of its stages; a job run by itself has its own.
-    found = [RunDir(place).read_lineage() for place in (folder, *(stage.folder for stage in stages))]
-    run = next((entries for entries in found if "code" in entries), {})
+def lineage(stages: list[Stage]) -> dict[str, Any]:
+    """Where everything came from: the newest session's command, machine and packages; each stage's code and
+    inputs.
+    """
+    sessions = {s.name: RunDir(s.folder).read_lineage().get("sessions", []) for s in stages}
+    every = [one for made in sessions.values() for one in made]
+    run: dict[str, Any] = max(every, key=lambda one: one["started"], default={})
     packages = run.get("packages", {})
     return {
         "run": [
@@ -255,13 +253,27 @@ def lineage(stages: list[Stage], folder: epath.Path) -> dict[str, Any]:
             )
             if key in run
         ],
-        "code": run.get("code", {}),
         "packages": [(name, packages[name]) for name in PACKAGES if name in packages],
         "stages": [
-            (stage.name, stage.manifest.get("fingerprint", ""), stage.manifest.get("inputs") or {})
+            (
+                stage.name,
+                stage.manifest.get("fingerprint", ""),
+                list(dict.fromkeys(_code(session["code"]) for session in sessions[stage.name])),
+                stage.manifest.get("inputs") or {},
+            )
             for stage in stages
         ],
     }
+
+
+def _code(code: Mapping[str, Any]) -> str:
+    """`0.1.0, commit 0123456789, 2 files changed since`."""
+    words = [str(code.get("version", ""))]
+    if "commit" in code:
+        words.append(f"commit {code['commit'][:10]}")
+    if changed := len(code.get("changed_files", ())):
+        words.append(f"{changed} file{'s' if changed > 1 else ''} changed since")
+    return ", ".join(words)
 
 
 def tree(config: Any, depth: int = 0) -> str:

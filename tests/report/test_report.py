@@ -70,14 +70,13 @@ def results(model_score=41.0):
 def stages(tmp_path):
     """A workflow's finished stages: name -> folder."""
     root = RunDir(tmp_path / "run").create()
-    root.write_lineage(
-        {
-            "code": {"version": "0.1.0", "commit": "abc123", "changed_files": ["x.py"]},
-            "command": "python -m t5style.main",
-            "python": "3.11.2",
-            "packages": {"jax": "0.10.2", "zzz": "9"},
-        }
-    )
+    session = {
+        "code": {"version": "0.1.0", "commit": "abc123", "changed_files": ["x.py"]},
+        "command": "python -m t5style.main",
+        "started": "2026-01-01T00:00:00+0000",
+        "python": "3.11.2",
+        "packages": {"jax": "0.10.2", "zzz": "9"},
+    }
     (root.path / "config.gin").write_text("RUN_DIR = 'runs/x'\n")
     count = {"documents": 90, "characters": 1000, "bytes": 1100}
     split = {"train": {**count, "bytes": 880}, "validation": {**count, "bytes": 220}}
@@ -162,6 +161,7 @@ def stages(tmp_path):
             (run.path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         inputs = {"run:corpus": "feed"} if name == "vocabulary" else {}
         run.write_manifest(Job(name, {"text": "{text}"}), inputs=inputs, figures=figures.get(name, {}))
+        run.write_lineage({"sessions": [session]})
     return {name: str(root.path / name) for name in files}
 
 
@@ -223,8 +223,7 @@ def test_page_tells_what_the_stages_found(stages, tmp_path):
         "3.25",
         "1.23 M",
         "2 + 2 layers",
-        "abc123",
-        "with 1 file changed since",
+        "t5style 0.1.0, commit abc123, 1 file changed since",
         "jax 0.10.2",
         "&lt;i&gt;an object&lt;/i&gt;",
         "babble 3",
