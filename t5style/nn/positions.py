@@ -92,8 +92,15 @@ class RelativeBias(nn.Module):
 def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
     """Cosines, sines f32 `[batch, length, 1, head_dim / 2]` of int32 `[batch, length]` (Su et al. 2021)."""
     frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)  # [head_dim / 2]
-    angle = positions.astype(jnp.float32)[:, :, None, None] * frequency
-    return jnp.cos(angle), jnp.sin(angle)
+
+    def table() -> tuple[jax.Array, jax.Array]:
+        angle = positions.astype(jnp.float32)[:, :, None, None] * frequency
+        return jnp.cos(angle), jnp.sin(angle)
+
+    # A branch is always taken, and is a program of its own: XLA's CPU backend would fuse the functions into
+    # every use and compute them again for each head and layer, forwards and backwards.
+    zeros = jnp.zeros((*positions.shape, 1, frequency.size), jnp.float32)
+    return jax.lax.cond(positions[0, 0] >= 0, table, lambda: (zeros, zeros))
 
 
 def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
