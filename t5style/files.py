@@ -1,10 +1,11 @@
-"""Writes that are never half done, and the error whose message is for the user. `run_dir` offers the same
-names.
+"""Writes that are never half done, patterns of paths, and the error whose message is for the user. `run_dir`
+offers the same names.
 """
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 import uuid
@@ -98,6 +99,18 @@ def _sync_tree(path: PathLike) -> None:
             with open(os.path.join(folder, name), "rb") as file:
                 os.fsync(file.fileno())
         _sync_folder(folder)
+
+
+def expand(pattern: PathLike) -> list[epath.Path]:
+    """Files a glob pattern matches (``**`` goes through folders, ``~`` is home), sorted; local or
+    ``gs://``-like paths.
+    """
+    text = os.path.expanduser(pattern)
+    if not is_local(text):
+        scheme, _, rest = text.partition("://")
+        bucket, _, inside = rest.partition("/")
+        return sorted(file for file in epath.Path(f"{scheme}://{bucket}").glob(inside) if file.is_file())
+    return sorted(epath.Path(match) for match in glob.glob(text, recursive=True) if os.path.isfile(match))
 
 
 def free_bytes(path: PathLike) -> int | None:

@@ -13,12 +13,12 @@ import dataclasses
 import enum
 import fcntl
 import functools
-import glob
 import hashlib
 import json
 import logging
 import os
 import pathlib
+import re
 import socket
 import sys
 import time
@@ -32,6 +32,7 @@ from t5style.files import PathLike as PathLike
 from t5style.files import UserError as UserError
 from t5style.files import atomic_folder as atomic_folder
 from t5style.files import atomic_write as atomic_write
+from t5style.files import expand as expand
 from t5style.files import free_bytes as free_bytes
 from t5style.files import is_local as is_local
 
@@ -131,30 +132,35 @@ def _qualified(value: Any) -> str:
 def fingerprint(value: Any) -> str:
     """16 hex digits that change when, and only when, the configuration `value` (see `canonical`) changes."""
     text = json.dumps(canonical(value), ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def path_fingerprint(path: PathLike) -> str:
     """16 hex digits for what lies at `path`: a finished run folder's manifest fingerprint, else names and
     contents of all files.
 
-    `path` may be a file, a folder or a glob pattern. Hidden files do not count. Raises UserError where there
-    is nothing.
+    `path` may be a file, a folder or a glob pattern (see `files.expand`). Hidden files do not count. Raises
+    UserError where there is nothing, or where the manifest is damaged.
     """
-    place = epath.Path(path)
+    place = epath.Path(os.path.expanduser(path))
     if place.is_file():
         return _digest([(place.name, place)])
     if place.is_dir():
         manifest = place / MANIFEST
-        if manifest.exists() and "fingerprint" in (content := json.loads(manifest.read_text())):
+        try:
+            content = json.loads(manifest.read_text()) if manifest.exists() else None
+        except ValueError as error:
+            raise UserError(
+                f"{manifest} is damaged ({error}); delete it, and run the job that made this folder again"
+            ) from None
+        if isinstance(content, dict) and "fingerprint" in content:
             return str(content["fingerprint"])
         return _digest(sorted(_visible_files(place)))
-    matches = sorted(glob.glob(os.fspath(path), recursive=True)) if is_local(path) else []
+    matches = expand(place)
     if not matches:
         raise UserError(f"there is no file or folder {os.fspath(path)!r} (looked from {os.getcwd()})")
-    if len(matches) == 1:
-        return path_fingerprint(matches[0])
-    return hashlib.sha256("\n".join(f"{m} {path_fingerprint(m)}" for m in matches).encode()).hexdigest()[:16]
+    fixed = re.split(r"[*?\[]", os.fspath(place), maxsplit=1)[0]
+    return _digest([(os.path.relpath(match, os.path.dirname(fixed) or "."), match) for match in matches])
 
 
 def _visible_files(folder: epath.Path, prefix: str = "") -> Iterator[tuple[str, epath.Path]]:
@@ -174,7 +180,7 @@ def _digest(files: Sequence[tuple[str, epath.Path]]) -> str:
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):
                 inner.update(block)
-        digest.update(f"{name}\0{inner.hexdigest()}\n".encode())
+        digest.update(f"{name}\0{inner.hexdigest()}\n".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()[:16]
 
 

@@ -46,7 +46,9 @@ def execute(job: Any, folder: str, text: ConfigText | None = None) -> dict[str, 
             import jax
 
             run_dir.set_process(jax.process_index(), processes.barrier)
-            processes.check_same("configuration", run_dir.fingerprint(job))
+            # All of it: a process that saves at other steps, or elsewhere, would hang the others.
+            given = _bare(text.given) if text is not None else []
+            processes.check_same("configuration", run_dir.fingerprint([job, given, folder]))
     run = RunDir(folder)
     with run.lock():
         try:

@@ -13,7 +13,8 @@ import sys
 
 import pytest
 
-from t5style import launch
+from t5style import launch, run_dir, runner
+from t5style.parallel import distributed
 from t5style.settings import ConfigError
 from tests import fake_jobs, helpers
 from tests.helpers import gin_file, run_main
@@ -430,6 +431,28 @@ def test_python_code_may_run_a_job(tmp_path):
     shutil.rmtree(tmp_path / "run")
     with pytest.raises(ValueError, match="with parentheses"):
         launch.run(fake_jobs.Write, str(tmp_path / "run"))
+
+
+def test_processes_must_agree_on_everything_given_and_on_the_folder(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setenv("NUM_PROCESSES", "1")
+    monkeypatch.setattr(distributed, "initialize", lambda: True)
+    monkeypatch.setattr(distributed, "check_same", lambda what, value: said.append(value))
+    file = gin_file(tmp_path, JOB.replace("Write", "Count").replace("text = 'hi'", f"file = '{tmp_path}/test.gin'"))
+
+    def agree(folder: str, *bindings: str) -> str:
+        loaded = launch.load([file], [*bindings, f"run.run_dir={tmp_path}/{folder}"])
+        try:
+            runner.execute(loaded.job, loaded.run_dir, loaded.text)
+        except (OSError, ValueError):
+            pass
+        finally:
+            run_dir.set_process(0)
+        return said[-1]
+
+    first = agree("a")
+    assert agree("a") == first
+    assert len({first, agree("b"), agree("a", "Count.steps=5"), agree("a", "Count.stop_at=1")}) == 4
 
 
 def test_two_processes_share_the_work_of_one_command(workflow_file, tmp_path):

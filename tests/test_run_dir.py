@@ -118,7 +118,7 @@ def test_what_has_no_stable_text_is_refused(value):
         run_dir.fingerprint({"x": [value]})
 
 
-def test_path_fingerprint_sees_names_and_contents_but_not_where_or_hidden_files(tmp_path):
+def test_path_fingerprint_sees_names_and_contents_but_not_where_or_hidden_files(tmp_path, monkeypatch):
     def make(name, files):
         for file, text in files.items():
             (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
@@ -130,6 +130,15 @@ def test_path_fingerprint_sees_names_and_contents_but_not_where_or_hidden_files(
     assert make("c", {"x/1": "one", "3": "two"}) != first
     assert make("d", {"x/1": "one!", "2": "two"}) != first
     assert run_dir.path_fingerprint(tmp_path / "*" / "x" / "1") != first
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run_dir.path_fingerprint("~/a") == first
+    pattern = run_dir.path_fingerprint("~/[ab]/**/*")
+    (tmp_path / "away").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / name).rename(tmp_path / "away" / name)
+    assert run_dir.path_fingerprint("~/away/[ab]/**/*") == pattern
+    (tmp_path / "away" / "b" / "2").write_text("three")
+    assert run_dir.path_fingerprint("~/away/[ab]/**/*") != pattern
     with pytest.raises(UserError, match=r"no file or folder .*/nothing"):
         run_dir.path_fingerprint(tmp_path / "nothing")
 
@@ -145,6 +154,9 @@ def test_path_fingerprint_of_a_finished_run_is_its_manifests(tmp_path):
     assert again["fingerprint"] != manifest["fingerprint"]  # nobody knows that the result is the same
     known = run.write_manifest(Inner(), figures={"fingerprint": "0123"})
     assert run_dir.path_fingerprint(run.path) == known["fingerprint"] == "0123"
+    (run.path / "manifest.json").write_text('{"fingerprint": "01')
+    with pytest.raises(UserError, match=r"run/manifest.json is damaged .*; delete it, and run the job"):
+        run_dir.path_fingerprint(run.path)
 
 
 def test_manifest_says_what_was_done(tmp_path):
