@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from etils import epath
 
-from t5style.run_dir import UserError
+from t5style.run_dir import UserError, expand
 
 COLUMNS = ("text", "id", "source", "url", "license", "language", "meta")
 _OTHERS = ("dropped.jsonl", "quarantine.jsonl", "metrics.jsonl")  # of a run folder, and no documents
@@ -262,24 +262,12 @@ def document_files(path: epath.PathLike) -> list[epath.Path]:
         _check_suffix(path)
         return [path]
     if any(character in os.fspath(path) for character in "*?["):
-        files = expand(os.fspath(path))
+        files = expand(path)
         if files:
             for file in files:
                 _check_suffix(file)
             return files
     raise UserError(f"no documents at {path}: no such file or folder")
-
-
-def expand(pattern: str) -> list[epath.Path]:
-    """Files a glob pattern matches (``**`` goes through folders), sorted; local or ``gs://``-like paths."""
-    if "://" in pattern:
-        head, _, rest = pattern.partition("://")
-        bucket, _, rest = rest.partition("/")
-        return sorted(file for file in epath.Path(f"{head}://{bucket}").glob(rest) if file.is_file())
-    import glob
-
-    matches = glob.glob(os.path.expanduser(pattern), recursive=True)
-    return sorted(epath.Path(match) for match in matches if os.path.isfile(match))
 
 
 def _check_suffix(path: epath.Path) -> None:

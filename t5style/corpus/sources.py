@@ -19,8 +19,8 @@ from typing import Any, Protocol
 
 from etils import epath
 
-from t5style.corpus.document import Document, expand, open_lines
-from t5style.run_dir import UserError
+from t5style.corpus.document import Document, open_lines
+from t5style.run_dir import UserError, expand
 
 
 @dataclasses.dataclass(frozen=True)
@@ -376,7 +376,7 @@ def _find(paths: Sequence[str], source: str) -> list[tuple[epath.Path, str]]:
                 raise UserError(f"the folder {pattern!r} holds no files")
         else:
             fixed = re.split(r"[*?\[]", os.fspath(path), maxsplit=1)[0]
-            files, head = expand(os.fspath(path)), epath.Path(os.path.dirname(fixed) or ".")
+            files, head = expand(path), epath.Path(os.path.dirname(fixed) or ".")
             if not files:
                 raise UserError(f"there is no file or folder {pattern!r} (looked from {os.getcwd()})")
         for file in files:
