@@ -59,6 +59,15 @@ class Document:
         return record
 
 
+def valid(text: str) -> str:
+    """The text with lone surrogates, which UTF-8 cannot say, replaced by U+FFFD."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def write_documents(path: epath.PathLike, documents: Iterable[Document], level: int = 3) -> int:
     """Writes documents to one file, in bounded memory; the file appears whole or not at all.
 

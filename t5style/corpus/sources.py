@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from etils import epath
 
-from t5style.corpus.document import Document, open_lines
+from t5style.corpus.document import Document, open_lines, valid
 from t5style.run_dir import UserError, expand
 
 
@@ -61,6 +61,10 @@ class Part:
     def read(self) -> Iterator[Document | Quarantined]:
         """Documents of this file in order."""
         path = epath.Path(self.path)
+        if valid(self.path) != self.path:
+            # Python marks bytes of a name that are no UTF-8 by lone surrogates, which no document can hold.
+            yield Quarantined(valid(self.path), "", "file name not utf-8", ascii(self.path))
+            return
         if self.size == 0:
             yield Quarantined(self.path, "byte 0", "empty file")
             return
@@ -146,7 +150,7 @@ class TextFiles:
             yield Quarantined(os.fspath(path), f"byte {zero}", "binary file", "a zero byte")
             return
         try:
-            text = data.decode(self.encoding)
+            text = valid(data.decode(self.encoding))  # UTF-7 can say lone surrogates
         except UnicodeDecodeError as error:
             yield Quarantined(
                 os.fspath(path),
@@ -179,6 +183,9 @@ def strip_gutenberg(text: str) -> str:
     if end := _GUTENBERG_END.search(text):
         text = text[: end.start()]
     return text.strip() + "\n" if start or end else text
+
+
+_SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,6 +248,9 @@ class JsonLines:
     def _document(self, line: bytes, id: str) -> Document | Quarantined:
         try:
             record = json.loads(line.decode())
+            # A JSON string may hold half a surrogate pair, which no file can: U+FFFD stands for it from here.
+            if _SURROGATE_ESCAPE.search(line):
+                record = json.loads(valid(json.dumps(record, ensure_ascii=False)))
         except UnicodeDecodeError as error:
             return Quarantined("", "", "not utf-8", f"byte {error.start} of the line: {error.reason}")
         except (ValueError, RecursionError) as error:
@@ -264,10 +274,7 @@ class JsonLines:
         for name in fields:
             if isinstance(record.get(name), str):
                 fields[name] = record.pop(name) or fields[name]
-        # A JSON string may hold half a surrogate pair, which no file can: U+FFFD stands for it from here on.
-        return Document(
-            _valid(text), _valid(str(given)) if given not in (None, "") else id, **fields, meta=meta | record
-        )
+        return Document(text, str(given) if given not in (None, "") else id, **fields, meta=meta | record)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -338,10 +345,6 @@ def _broken_compression() -> tuple[type[Exception], ...]:
 
 
 _BROKEN_COMPRESSION = _broken_compression()
-
-
-def _valid(text: str) -> str:
-    return text if text.isascii() else re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 def _check_paths(paths: Sequence[str], name: str) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from t5style.corpus.document import valid
 from t5style.run_dir import UserError, atomic_write
 
 _SENTINEL = re.compile(r"<extra_id_(\d+)>")
@@ -92,7 +93,7 @@ class Vocabulary(abc.ABC):
           text: anything; lone surrogates, which are no valid Unicode, become U+FFFD.
           sentinels: read ``<extra_id_k>`` as the sentinel k rather than as characters.
         """
-        text = _valid(text)
+        text = valid(text)
         if not sentinels:
             return self._encode(text)
         ids: list[int] = []
@@ -106,7 +107,7 @@ class Vocabulary(abc.ABC):
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of many texts: a list of int32 arrays ``[length]``; faster than one at a time."""
-        return [np.asarray(ids, np.int32) for ids in self._encode_batch([_valid(text) for text in texts])]
+        return [np.asarray(ids, np.int32) for ids in self._encode_batch([valid(text) for text in texts])]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids. Pad, start and end of sequence vanish, nothing is cut there; sentinels read
@@ -194,15 +195,6 @@ class Vocabulary(abc.ABC):
         return f"{type(self).__name__}(vocab_size={self.vocab_size}, fingerprint={self.fingerprint!r})"
 
 
-def _valid(text: str) -> str:
-    """The text with lone surrogates, which UTF-8 cannot say, replaced by U+FFFD."""
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
 class SentencePieceVocabulary(Vocabulary):
     """A SentencePiece model with sentinels on top.
 
@@ -288,7 +280,7 @@ class CharacterVocabulary(Vocabulary):
     def __init__(self, characters: str, extra_ids: int = 0):
         """Takes the characters, each once; sorts them."""
         super().__init__(extra_ids)
-        self.characters = "".join(sorted(set(_valid(characters))))
+        self.characters = "".join(sorted(set(valid(characters))))
         self._ids = {character: 3 + index for index, character in enumerate(self.characters)}
 
     @property
@@ -332,7 +324,7 @@ class ByteVocabulary(Vocabulary):
         return [byte + 3 for byte in text.encode()]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [np.frombuffer(_valid(text).encode(), np.uint8).astype(np.int32) + 3 for text in texts]
+        return [np.frombuffer(valid(text).encode(), np.uint8).astype(np.int32) + 3 for text in texts]
 
     def _decode(self, ids: list[int], first: bool) -> str:
         unknown = _UNKNOWN.encode()

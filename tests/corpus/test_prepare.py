@@ -19,7 +19,7 @@ from t5style.corpus.prepare import Prepare
 from t5style.corpus.sources import JsonLines, TextFiles
 from t5style.corpus.split import HashSplit, TailSplit
 from t5style.corpus.stages import Drop, MaxLength, MinLength
-from t5style.run_dir import RunDir, UserError, fingerprint
+from t5style.run_dir import RunDir, UserError, fingerprint, path_fingerprint
 
 SHAKESPEARE = pathlib.Path(__file__).parents[3] / "shared/data/pretrain/tinyshakespeare.txt"
 GUTENBERG = pathlib.Path(__file__).parents[3] / "shared/data/pretrain/gutenberg"
@@ -112,6 +112,24 @@ def test_every_document_is_accounted_for(tmp_path):
     assert card["dropped"] == figures["dropped"]
     assert card["split"]["validation"] == 0.1
     assert not (tmp_path / "out/.work").exists()
+
+
+def test_strings_that_are_no_unicode_stop_nothing(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "x.jsonl").write_text('{"text": "one", "url": "\\ud800", "k\\ud800": "\\udfff"}\n')
+    try:
+        (folder / os.fsdecode(b"\xff.txt")).write_text("two")
+    except OSError:
+        pytest.skip("this file system refuses names that are not UTF-8")
+    (folder / "y.txt").write_text("three")
+    job = Prepare([str(folder)], split=HashSplit(0, 0))
+    assert path_fingerprint(job.inputs()[0])
+    figures = run(job, tmp_path / "out")
+    assert (figures["documents"], figures["quarantined"]) == (2, 1)
+    assert [item.text for item in documents_of(tmp_path / "out", "train")] == ["one", "three"]
+    (quarantined,) = [json.loads(line) for line in (tmp_path / "out/quarantine.jsonl").open()]
+    assert (quarantined["file"], quarantined["reason"]) == (f"{folder}/\ufffd.txt", "file name not utf-8")
 
 
 @settings(max_examples=25, deadline=None)

@@ -136,6 +136,22 @@ def test_bad_json_lines_are_quarantined_with_their_line(tmp_path):
     assert "is a int" in quarantined[3].detail
 
 
+def test_half_a_surrogate_pair_anywhere_in_json_reads_as_the_replacement_character(tmp_path):
+    record = {name: f"{name} \ud800" for name in ("text", "id", "url", "source", "language", "key")}
+    record |= {"meta": {"list \udfff": ["\ud83d\ude00", "\udc00"]}, "pair": "\U0001f600"}
+    (tmp_path / "x.jsonl").write_text(json.dumps(record))
+    ((document,), quarantined) = read(JsonLines([str(tmp_path)]))
+    assert quarantined == []
+    assert document == Document(
+        "text \ufffd",
+        "id \ufffd",
+        "source \ufffd",
+        "url \ufffd",
+        language="language \ufffd",
+        meta={"list \ufffd": ["\U0001f600", "\ufffd"], "key": "key \ufffd", "pair": "\U0001f600"},
+    )
+
+
 def test_files_choose_the_reader_by_name(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "from json"}\n')
     (tmp_path / "b.md").write_text("# from text")
