@@ -277,15 +277,30 @@ def _encode_chunk(
     return _Encoded(tokens, lengths, num_bytes, kept, skipped, len(documents))
 
 
+class _Template(string.Formatter):
+    """`str.format`, but a field that is None, JSON's null, is a missing one."""
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        value, first = super().get_field(field_name, args, kwargs)
+        if value is None:
+            raise KeyError(field_name.rpartition("[")[2].rstrip("]"))
+        return value, first
+
+
+_TEMPLATE = _Template()
+
+
 def _render(document: Document, features: Mapping[str, str]) -> list[str] | str:
     """The features' texts, or the reason why the document has none."""
     fields = {name: getattr(document, name) for name in _FIELDS}
     texts = []
     for feature, template in features.items():
         try:
-            text = template.format(**fields)
-        except (KeyError, IndexError, AttributeError, TypeError) as error:
-            return f"no {error.args[0] if error.args else error} for {feature}"
+            text = _TEMPLATE.vformat(template, (), fields)
+        except KeyError as error:
+            return f"no {error.args[0]} for {feature}"
+        except (IndexError, AttributeError, TypeError, ValueError) as error:
+            return f"{feature}: {error}"
         if not text.strip():
             return f"empty {feature}"
         texts.append(text)

@@ -80,6 +80,24 @@ def test_templates_and_what_they_skip(run: Run) -> None:
     assert first == ["name t1:", "Text 1: žluťoučký"]
 
 
+def test_null_is_a_missing_field_and_a_wrong_format_a_skipped_document(
+    run: Run, tmp_path: pathlib.Path
+) -> None:
+    metas = [{"h": None}, {"h": "x"}, {"h": 5}, {"h": [1]}, {}]
+    path = tmp_path / "metas.jsonl"
+    write_documents(path, [Document(f"text {n}", str(n), meta=meta) for n, meta in enumerate(metas)])
+    store, figures = run(corpus=str(path), features={"text": "a kind of {meta[h]}"})
+    assert figures["splits"]["train"]["skipped"] == {"no h for text": 2}
+    assert "None" not in store.vocabulary.decode(store.examples("train", "text", [0])[0])
+    _, figures = run(corpus=str(path), features={"text": "{meta[h]:03d}"})
+    assert figures["splits"]["train"]["examples"] == 1
+    assert figures["splits"]["train"]["skipped"] == {
+        "no h for text": 2,
+        "text: Unknown format code 'd' for object of type 'str'": 1,
+        "text: unsupported format string passed to list.__format__": 1,
+    }
+
+
 def test_sources_lengths_and_ends(run: Run) -> None:
     store, figures = run(sources=["odd"], max_tokens={"text": 6})
     assert store.num_examples("train") == 15
