@@ -276,7 +276,9 @@ def _parse_value(given: str, place: Place) -> Any:
     try:
         parser = config_parser.ConfigParser(given, _Delegate())
         value = parser.parse_value()
-        if parser.current_token.type in (tokenize.NEWLINE, tokenize.ENDMARKER):
+        token = parser.current_token
+        ended = token.type in (tokenize.NEWLINE, tokenize.ENDMARKER)
+        if ended and token.start[0] >= len(given.splitlines()):  # nothing follows on another line
             return value
     except (SyntaxError, tokenize.TokenError, IndexError):
         pass

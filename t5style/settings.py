@@ -40,7 +40,7 @@ class Place:
     flag: str = ""  # as given on the command line
 
     def __str__(self) -> str:
-        return f"--gin.{self.flag}" if self.file == COMMAND_LINE else f"{self.file}:{self.line}"
+        return f"--gin.{one_line(self.flag)}" if self.file == COMMAND_LINE else f"{self.file}:{self.line}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +117,11 @@ class Binding:
             binding = binding.before
 
 
+def one_line(text: str) -> str:
+    r"""The text with `\n` for its line breaks, as comments and messages need it."""
+    return r"\n".join(text.splitlines())
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the most similar of the known names, or nothing."""
     known = list(known)
@@ -135,7 +140,7 @@ class Settings:
         self.bindings: dict[tuple[str, int, str], Binding] = {}
         self.targets: dict[int, Target] = {}  # by id of the class or function
         self.includes: dict[str, set[str]] = {}  # file -> all files that it includes, directly or not
-        self._conflicts: dict[tuple[str, int, str], list[Binding]] = {}
+        self._rivals: dict[tuple[str, int, str], list[Binding]] = {}  # set by no file that includes another
 
     # ------------------------------------------------------------------------------------------------- adding
 
@@ -180,12 +185,9 @@ class Settings:
             )
         binding.before = old
         self.bindings[binding.key] = binding
-        if new_file == COMMAND_LINE or old_file in self.includes.get(new_file, ()):
-            rivals = self._conflicts.get(binding.key, ())
-            if new_file == COMMAND_LINE or all(b.place.file in self.includes[new_file] for b in rivals):
-                self._conflicts.pop(binding.key, None)
-        elif old.value != binding.value:
-            self._conflicts.setdefault(binding.key, [old]).append(binding)
+        below = self.includes.get(new_file, ())
+        rivals = [b for b in self._rivals.get(binding.key, [old]) if b.place.file not in below]
+        self._rivals[binding.key] = [binding] if new_file == COMMAND_LINE else [*rivals, binding]
 
     # ----------------------------------------------------------------------------------------------- checking
 
@@ -211,8 +213,9 @@ class Settings:
         found = [
             f"{new.place}: {new.name} = {new.value!r} silently overrides {old.value!r} set at {old.place}; "
             f"set it in the file that includes both, or with --gin.{_flag(new)}=..."
-            for rivals in self._conflicts.values()
+            for rivals in self._rivals.values()
             for old, new in itertools.pairwise(rivals)
+            if old.value != new.value
         ]
         now = _Walk(self, with_history=False)
         now.visit(root, "")
@@ -226,7 +229,7 @@ class Settings:
             if key in now.used or (binding.place.file != COMMAND_LINE and key in ever.used):
                 continue
             if binding.target is None:
-                hint = nearest(binding.field, used_macros)
+                hint = nearest(binding.field, [name for name in used_macros if name != binding.field])
                 found.append(
                     f"{binding.place}: macro {binding.field} = {binding.value!r} is used nowhere{hint}"
                 )
@@ -267,7 +270,7 @@ class Settings:
         now = _Walk(self, with_history=False)
         now.visit(root, "")
         counting = [b for b in self.bindings.values() if b.key in now.used]
-        lines = [f"# {command}", "", "from __gin__ import dynamic_registration"]
+        lines = [f"# {one_line(command)}", "", "from __gin__ import dynamic_registration"]
         lines += sorted(self.imports)
         ordered = sorted(counting, key=lambda b: b.target is not None)  # macros first; stable
         previous = None
@@ -478,9 +481,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def find_file(name: str, folders: Sequence[str]) -> str:
-    """The path of a gin file searched in `folders` in order. Raises ConfigError naming the nearest file there
-    is.
-    """
+    """The path of a gin file searched in `folders` in order. Raises ConfigError naming the nearest file."""
     for folder in [""] if os.path.isabs(name) else folders:
         path = os.path.join(folder, name)
         if os.path.isfile(path):

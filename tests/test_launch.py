@@ -167,8 +167,22 @@ def test_the_command_line_overrides_everything(tmp_path):
     )
     assert loaded.job == fake_jobs.Write("some/path.txt", size=5, part=fake_jobs.Part(2))
     assert loaded.run_dir == "runs/x"
+    with pytest.raises(ConfigError, match=r"--gin.SIZE=4: macro SIZE = 4 is used nowhere$"):
+        launch.load([file], ["SIZE=4", "Write.size=5"])
     assert "SIZE = 3" not in loaded.text.given  # it has no effect, and the saved file must stand by itself
     assert launch.load([file], ["Write.size=5", "Write.size=6"]).job.size == 6
+
+
+def test_a_line_break_in_a_value_stays_in_the_value(tmp_path):
+    file = gin_file(tmp_path, JOB)
+    for given in ("two\nlines", "'two\\nlines'"):
+        loaded = launch.load([file], [f"Write.text={given}"])
+        assert loaded.job.text == "two\nlines"
+        saved = tmp_path / "saved.gin"
+        saved.write_text(loaded.text.given)
+        assert launch.load([str(saved)]).job == loaded.job
+    assert launch.load([file], ["Write.parts=[\n1,\n2]"]).job.parts == [1, 2]
+    assert "'3\\n4' is not a value" in problem(tmp_path, JOB, "Write.size=3\n4")
 
 
 def test_a_setting_hidden_by_scopes_is_told_which_one_wins(tmp_path):
@@ -225,6 +239,20 @@ def test_siblings_may_not_silently_override_one_another(tmp_path):
     both = [gin_file(tmp_path, JOB + right, "one.gin"), gin_file(tmp_path, "SIZE = 3\n", "two.gin")]
     with pytest.raises(ConfigError, match=r"two.gin:5: SIZE = 3 silently overrides 4 set at .*one.gin:8"):
         launch.load(both)
+
+
+def test_a_file_may_not_silently_override_what_came_before_those_that_it_includes(tmp_path):
+    gin_file(tmp_path, "SIZE = 1\n", "below.gin")
+    first = gin_file(tmp_path, "SIZE = 1\n", "first.gin")
+    rest = f"include '{tmp_path}/below.gin'\nSIZE = 2\nfake_jobs.Write.size = %SIZE\n" + JOB
+    file = gin_file(tmp_path, rest)
+    with pytest.raises(
+        ConfigError, match=r"test.gin:6: SIZE = 2 silently overrides 1 set at .*first.gin:5; .*--gin.SIZE"
+    ):
+        launch.load([first, file])
+    assert launch.load([first, file], ["SIZE=3"]).job.size == 3
+    gin_file(tmp_path, "SIZE = 2\n", "first.gin")
+    assert launch.load([first, file]).job.size == 2  # in the end they agree
 
 
 def test_an_include_below_may_not_override_what_stands_above(tmp_path):
@@ -438,7 +466,9 @@ def test_processes_must_agree_on_everything_given_and_on_the_folder(tmp_path, mo
     monkeypatch.setenv("NUM_PROCESSES", "1")
     monkeypatch.setattr(distributed, "initialize", lambda: True)
     monkeypatch.setattr(distributed, "check_same", lambda what, value: said.append(value))
-    file = gin_file(tmp_path, JOB.replace("Write", "Count").replace("text = 'hi'", f"file = '{tmp_path}/test.gin'"))
+    file = gin_file(
+        tmp_path, JOB.replace("Write", "Count").replace("text = 'hi'", f"file = '{tmp_path}/test.gin'")
+    )
 
     def agree(folder: str, *bindings: str) -> str:
         loaded = launch.load([file], [*bindings, f"run.run_dir={tmp_path}/{folder}"])
