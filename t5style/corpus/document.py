@@ -13,15 +13,19 @@ import gzip
 import io
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any
 
+import zstandard
 from etils import epath
 
 from t5style.run_dir import UserError, expand
 
 COLUMNS = ("text", "id", "source", "url", "license", "language", "meta")
 _OTHERS = ("dropped.jsonl", "quarantine.jsonl", "metrics.jsonl")  # of a run folder, and no documents
+# What `open_lines` raises where what it reads is cut short or not compressed as its name says.
+BROKEN_COMPRESSION = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)
 _SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 # A row group is what a reader holds in memory at once: bounded both in rows and in characters.
 _GROUP_ROWS = 4096
@@ -124,8 +128,6 @@ class DocumentWriter:
                     gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0)  # type: ignore[arg-type]
                 )
             elif self.path.name.endswith(".zst"):
-                import zstandard
-
                 compressor = zstandard.ZstdCompressor(self._level)
                 self._lines = stack.enter_context(compressor.stream_writer(raw, closefd=False))
             else:
@@ -288,13 +290,20 @@ def _read_file(path: epath.Path) -> Iterator[Document]:
     if path.suffix == ".parquet":
         yield from _read_parquet(path)
         return
-    with open_lines(path) as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                record = json.loads(line)
-                yield Document(**{name: record[name] for name in COLUMNS if name in record})
-            except (ValueError, TypeError) as error:
-                raise UserError(f"{path}, line {number}: not a document in JSON ({error})") from error
+    number = 0
+    try:
+        with open_lines(path) as lines:
+            for number, line in enumerate(lines, start=1):
+                try:
+                    record = json.loads(line)
+                    yield Document(**{name: record[name] for name in COLUMNS if name in record})
+                except (ValueError, TypeError) as error:
+                    raise UserError(f"{path}, line {number}: not a document in JSON ({error})") from error
+    except BROKEN_COMPRESSION as error:
+        raise UserError(
+            f"{path} cannot be decompressed after line {number} ({type(error).__name__}: {error}); it is cut "
+            "short, or of another kind than its name says: copy or make it again"
+        ) from error
 
 
 def _read_parquet(path: epath.Path) -> Iterator[Document]:
@@ -333,8 +342,6 @@ class _ZstdReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        import zstandard
-
         while not self._output:
             self._input = self._input or self._raw.read(1 << 17)
             if not self._input:

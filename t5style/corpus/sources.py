@@ -13,13 +13,12 @@ import importlib.resources
 import json
 import os
 import re
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from etils import epath
 
-from t5style.corpus.document import Document, open_lines, valid
+from t5style.corpus.document import BROKEN_COMPRESSION, Document, open_lines, valid
 from t5style.run_dir import UserError, expand
 
 
@@ -70,7 +69,7 @@ class Part:
             return
         try:
             yield from self.reader.read(path, self.id)
-        except _BROKEN_COMPRESSION as error:
+        except BROKEN_COMPRESSION as error:
             yield Quarantined(self.path, "", "broken compression", f"{type(error).__name__}: {error}")
         except OSError as error:
             # zstandard and gzip say with OSError (BadGzipFile is one) that what they read is not theirs.
@@ -241,7 +240,7 @@ class JsonLines:
                                 result, file=os.fspath(path), position=f"line {number}"
                             )
                         yield result
-        except _BROKEN_COMPRESSION as error:
+        except BROKEN_COMPRESSION as error:
             detail = f"{type(error).__name__}: {error}"
             yield Quarantined(os.fspath(path), f"after line {number}", "broken compression", detail)
 
@@ -334,17 +333,6 @@ class Files:
             )
             return
         yield from reader.read(path, id)
-
-
-def _broken_compression() -> tuple[type[Exception], ...]:
-    import gzip
-
-    import zstandard
-
-    return (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)
-
-
-_BROKEN_COMPRESSION = _broken_compression()
 
 
 def _check_paths(paths: Sequence[str], name: str) -> None:

@@ -21,9 +21,9 @@ import json
 import os
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import tensorstore as ts
@@ -37,6 +37,8 @@ SHARD_TOKENS = 1 << 22
 CHUNK_TOKENS = 1 << 13
 RESIDENT_BYTES = 1 << 28
 _CACHE_BYTES = 1 << 26
+_FIX = "restore the file from a copy, or run the tokenize job again"
+_T = TypeVar("_T")
 
 
 def _kvstore(folder: str) -> dict[str, Any]:
@@ -108,11 +110,14 @@ class TokenStore:
                 f"none); "
                 "run the tokenize job into it."
             )
-        manifest = json.loads(found.value)
-        if manifest.get("format") != FORMAT:
+        try:
+            manifest = json.loads(found.value)
+            version = manifest.get("format")
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"Token store {folder}: {MANIFEST} is damaged ({error}); {_FIX}.") from error
+        if version != FORMAT:
             raise UserError(
-                f"Token store {folder} has format {manifest.get('format')}, this version reads {FORMAT}: "
-                f"tokenize again."
+                f"Token store {folder} has format {version}, this version reads {FORMAT}: tokenize again."
             )
         store = cls(folder, manifest)
         store._check_files(contents=verify)
@@ -123,7 +128,6 @@ class TokenStore:
 
     def _check_files(self, contents: bool) -> None:
         files = ts.KvStore.open(_kvstore(self.folder)).result()
-        fix = "restore the file from a copy, or run the tokenize job again"
         if self.folder.startswith("gs://") and not contents:
             return  # one request per file would cost more than the check is worth: reads have their own CRC
         for name, expected in self.manifest["files"].items():
@@ -135,11 +139,11 @@ class TokenStore:
                 found = files.read(name).result()
                 size = len(found.value) if found.state == "value" else None
             if size is None:
-                raise UserError(f"{where} is missing; {fix}.")
+                raise UserError(f"{where} is missing; {_FIX}.")
             if size != expected["bytes"]:
-                raise UserError(f"{where} has {size} bytes, expected {expected['bytes']}; {fix}.")
+                raise UserError(f"{where} has {size} bytes, expected {expected['bytes']}; {_FIX}.")
             if contents and (digest := hashlib.sha256(found.value).hexdigest()) != expected["sha256"]:
-                raise UserError(f"{where} has checksum {digest}, expected {expected['sha256']}; {fix}.")
+                raise UserError(f"{where} has checksum {digest}, expected {expected['sha256']}; {_FIX}.")
 
     @property
     def fingerprint(self) -> str:
@@ -214,7 +218,8 @@ class TokenStore:
     def offsets(self, split: str, feature: str) -> np.ndarray:
         """int64 [examples + 1], in tokens."""
         self._counts(split, feature)
-        return self._whole(f"{split}/{feature}/offsets")
+        name = f"{split}/{feature}/offsets"
+        return self._read(lambda: self._whole(name), name)
 
     def lengths(self, split: str, feature: str) -> np.ndarray:
         """Tokens of each example: int64 [examples]."""
@@ -234,7 +239,7 @@ class TokenStore:
         total = self.num_tokens(split, feature)
         if not len(starts):
             return np.zeros(0, np.int32)
-        stored = self._array(name)
+        stored = self._read(lambda: self._array(name), name)
         if total * stored.dtype.numpy_dtype.itemsize <= RESIDENT_BYTES:
             whole = self._read(lambda: self._whole(name), name)
             pieces = [whole[a : a + n] for a, n in zip(starts.tolist(), lengths.tolist(), strict=True)]
@@ -251,15 +256,11 @@ class TokenStore:
             pieces = self._read(read_all, name)
         return np.concatenate(pieces).astype(np.int32)
 
-    def _read(self, read: Any, name: str) -> Any:
+    def _read(self, read: Callable[[], _T], name: str) -> _T:
         try:
             return read()
         except ValueError as error:
-            raise UserError(
-                f"Token store {self.folder}: {name} cannot be read ({error}); restore it from a copy, or "
-                f"run the "
-                "tokenize job again."
-            ) from error
+            raise UserError(f"Token store {self.folder}: {name} cannot be read ({error}); {_FIX}.") from error
 
     def examples(self, split: str, feature: str, indices: Sequence[int] | np.ndarray) -> list[np.ndarray]:
         """The tokens of whole examples: a list of int32 arrays."""

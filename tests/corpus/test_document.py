@@ -176,3 +176,15 @@ def test_zstd_of_several_frames_is_read_whole_and_a_cut_one_is_noticed(tmp_path)
     (tmp_path / "x.gz").write_bytes(gzip.compress(data)[:-12])
     with open_lines(tmp_path / "x.gz") as file, pytest.raises(EOFError):
         file.read()
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
+def test_broken_compression_is_named_with_its_file(tmp_path, suffix):
+    path = tmp_path / f"x{suffix}"
+    write_documents(path, [Document(os.urandom(500).hex(), str(n)) for n in range(2000)])
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(UserError, match=rf"x{suffix} cannot be decompressed after line \d{{4}} \(EOFError"):
+        list(read_documents(path))
+    path.write_bytes(b"this is not compressed at all")
+    with pytest.raises(UserError, match=r"cannot be decompressed after line 0 .*copy or make it again"):
+        list(read_documents(path))

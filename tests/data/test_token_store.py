@@ -154,6 +154,24 @@ def test_shortened_and_missing_files_are_found_at_once(text_store: str) -> None:
             TokenStore.open(text_store, verify=verify)
 
 
+@pytest.mark.parametrize("content", ['{"format": 1, "feat', "[]"])
+def test_damaged_manifest_is_named(text_store: str, content: str) -> None:
+    (pathlib.Path(text_store) / "store.json").write_text(content)
+    with pytest.raises(UserError, match=r"store: store\.json is damaged .*run the tokenize job again"):
+        TokenStore.open(text_store)
+
+
+@pytest.mark.parametrize("file", ["offsets/c/0", "offsets/zarr.json", "tokens/zarr.json"])
+def test_damaged_arrays_are_named(text_store: str, file: str) -> None:
+    path = pathlib.Path(text_store) / "train" / "text" / file
+    content = bytearray(path.read_bytes())
+    content[10] ^= 1
+    path.write_bytes(content)
+    name = f"train/text/{file.partition('/')[0]}"
+    with pytest.raises(UserError, match=f"{name} cannot be read .*run the tokenize job again"):
+        TokenStore.open(text_store).examples("train", "text", [0])
+
+
 def test_exchanged_vocabulary_is_refused(text_store: str) -> None:
     shutil.rmtree(pathlib.Path(text_store) / "vocabulary")
     CharacterVocabulary("abc").save(pathlib.Path(text_store) / "vocabulary")
