@@ -451,7 +451,8 @@ def load(path: PathLike, dtype: Any = None, mesh: Any = None) -> Model:
         directory (config.json and safetensors of T5 1.0/1.1 or LLaMA).
       dtype: "float32" or "bfloat16", of parameters and computation; None: as trained, and float32 for a
         Hugging Face directory.
-      mesh: a jax Mesh or a MeshConfig to spread the model over; None: one device.
+      mesh: what to spread the model over: a MeshConfig takes this process's devices, a jax Mesh its own;
+        None: one device.
 
     Raises:
       UserError: there is no model at the path, it is damaged, or its vocabulary does not fit it.

@@ -60,7 +60,7 @@ def load(path: PathLike, dtype: Any = None, mesh: Mesh | MeshConfig | None = Non
         )
     name = _dtype_name(dtype)
     if isinstance(mesh, MeshConfig):
-        mesh = mesh.build()
+        mesh = mesh.build(jax.local_devices())
     if (run := _run_folder(folder)) is not None:
         return _load_run(folder, run, name, mesh)
     if (folder / "config.json").exists():

@@ -104,7 +104,8 @@ class MeshConfig:
         """
         devices = list(jax.devices() if devices is None else devices)
         if self.devices is not None:
-            if jax.process_count() > 1 and self.devices != len(devices):
+            shared = any(device.process_index != jax.process_index() for device in devices)
+            if jax.process_count() > 1 and shared and self.devices != len(devices):
                 raise ValueError(
                     f"MeshConfig.devices={self.devices} of {len(devices)} works in a single process only: "
                     f"with {jax.process_count()} processes every device must be in the mesh."

@@ -345,7 +345,17 @@ def restore_params(
         return jax.ShapeDtypeStruct(leaf.shape, kind, sharding=sharding)
 
     target = {"params": jax.tree.map(wanted, saved, shardings)}
-    with ocp.PyTreeCheckpointer() as reader:
+    # Orbax ends with a barrier. Where only this process's devices get parameters, it is this process's load
+    # alone (process 0 evaluates, the others wait for it elsewhere), and the others never come.
+    me = jax.process_index()
+    alone = all(
+        device.process_index == me for leaf in jax.tree.leaves(shardings) for device in leaf.device_set
+    )
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=me if alone else 0, active_processes={me} if alone else None
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
+    with ocp.Checkpointer(handler, multiprocessing_options=options) as reader:
         arguments = ocp.args.PyTreeRestore(
             item=target,
             restore_args=ocp.checkpoint_utils.construct_restore_args(target),

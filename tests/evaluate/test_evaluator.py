@@ -1,8 +1,10 @@
 """Evaluate: its numbers against straightforward computations, its comparisons, and what it refuses."""
 
+import io
 import json
 import math
 import pathlib
+import sys
 
 import jax
 import numpy as np
@@ -16,8 +18,10 @@ from t5style.evaluate.baselines import CopyInput, MajorityTarget, NearestTarget,
 from t5style.evaluate.evaluator import Evaluate, count_bytes, read_examples
 from t5style.infer.model import Model
 from t5style.models.params import init_params
+from t5style.parallel import local
 from t5style.run_dir import RunDir, UserError
 from tests.evaluate import tiny_task
+from tests.helpers import gin_file
 
 BASELINES = (MajorityTarget(), CopyInput(), UnigramTokens())
 
@@ -140,6 +144,39 @@ def test_decoder_only_and_streams(tiny, tmp_path):
     assert set(stream["systems"]["model"]) == {"loss", "perplexity", "bits_per_byte", "token_accuracy"}
     # Every token of the split once, end-of-sequence included.
     assert stream["tokens"] == sum(len(f"{s} {t}") + 1 for s, t in tiny_task.examples("validation", 21))
+
+
+def test_process_0_works_alone_while_the_others_wait(tiny, tmp_path):
+    """Two processes of two devices each; with a mesh over those of process 0."""
+    bindings = f"""
+from t5style.evaluate import evaluator
+from t5style.infer import generate
+from t5style.parallel import mesh
+from tests.evaluate import tiny_task
+
+launch.run.run_dir = {str(tmp_path / "run")!r}
+launch.run.job = @workflow.Workflow()
+workflow.Workflow.stages = {{
+    'mesh': @evaluator.Evaluate(),
+    'generate': @generate.Generate(),
+}}
+mesh.MeshConfig.tensor = 2
+evaluator.Evaluate.model = {tiny.after!r}
+evaluator.Evaluate.mesh = @mesh.MeshConfig()
+evaluator.Evaluate.tasks = [@tiny_task.task()]
+evaluator.Evaluate.lengths = {tiny_task.LENGTHS}
+evaluator.Evaluate.max_examples = 4
+tiny_task.task.store = {tiny.store!r}
+generate.Generate.model = {tiny.after!r}
+generate.Generate.prompts = ['hot up']
+"""
+    command = [sys.executable, "-m", "t5style.main", f"--gin_file={gin_file(tmp_path, bindings)}"]
+    said = io.BytesIO()
+    assert local.run(command, processes=2, devices=2, out=said) == 0, said.getvalue().decode()
+    report = json.loads((tmp_path / "run" / "mesh" / "results.json").read_text())["tasks"]["opposites"]
+    assert report["examples"] == 4
+    answer = json.loads((tmp_path / "run" / "generate" / "generations.jsonl").read_text())
+    assert answer["output"] == t5style.load(tiny.after).generate(["hot up"])[0]
 
 
 def test_bytes_of_target_text():
