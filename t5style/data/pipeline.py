@@ -32,7 +32,7 @@ from t5style.data.token_store import TokenStore
 Batch = dict[str, np.ndarray]
 
 # Changes whenever the same settings would give other batches than before.
-_VERSION = 1
+_VERSION = 2
 
 
 class BatchSource:
