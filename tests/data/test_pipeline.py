@@ -333,7 +333,7 @@ def test_evaluation_sees_everything_once(source: BatchSource) -> None:
         assert all(not values[empty].any() for values in batch.values())
     # Shuffled, the same rows stand in another order, the same each time; a limit then takes a fair sample.
     assert shuffled._evaluation_row(0, 0) == shuffled._evaluation_row(0, 0)
-    rows = int(shuffled.statistics[task.name]["rows"])
+    rows = shuffled._rows[0].finite_rows
     order = [shuffled._evaluation_row(0, place) for place in range(rows)]
     assert sorted(order) == list(range(rows))
     assert order != list(range(rows))

@@ -84,7 +84,8 @@ def test_the_job_replays_any_step(text_store: str, tmp_path: pathlib.Path) -> No
 
 def test_a_text_without_ends_reads_whole(text_store: str) -> None:
     store = TokenStore.open(text_store)
-    source = BatchSource(Task("t", text_store, CausalLM()), "validation", 4, {"decoder": 64}, DECODER_ONLY)
+    task = Task("t", text_store, CausalLM())
+    source = BatchSource(task, "validation", 4, {"decoder": 64}, DECODER_ONLY, shuffle=False)
     shown = "".join(
         segment.targets
         for n in range(source.evaluation_batches)
