@@ -64,7 +64,7 @@ class Checkpointer:
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )
-        self._best_metric = best_metric
+        self.best_metric = best_metric
         self._manager: ocp.CheckpointManager | None = None
         self._unsealed: list[int] = []
         self._pool = ThreadPoolExecutor(1, "seal")
@@ -89,7 +89,7 @@ class Checkpointer:
                 self._manager = ocp.CheckpointManager(
                     self.folder, options=self._options, item_names=(STATE, METADATA)
                 )
-            best = self._best_metric
+            best = self.best_metric
             self._manager.save(
                 step,
                 args=ocp.args.Composite(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import difflib
 import math
 import os
 import signal
@@ -71,7 +72,9 @@ class Progress:
       seconds: seconds spent stepping and waiting for data so far, over all processes that worked on the run.
       skipped: updates skipped so far.
       window: sums and weights of the metrics since the last log line.
-      last: the newest figures, by name.
+      last: the newest line of training figures, by name.
+      evaluation: the newest evaluation, empty before the first: 'step', 'settings' (Loop.eval_settings) and
+        'figures' by name.
     """
 
     offset: int = 0
@@ -80,6 +83,7 @@ class Progress:
     skipped: int = 0
     window: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     last: dict[str, float] = dataclasses.field(default_factory=dict)
+    evaluation: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """For the metadata; JSON keeps every bit of a float."""
@@ -105,7 +109,9 @@ class Loop:
       checkpointer: saves and restores.
       metadata: what every checkpoint records beside step and progress.
       restore: () -> (state, metadata) of the newest whole checkpoint, for rollbacks.
-      evaluate: params -> figures by name ('eval/<task>/loss'), or None.
+      evaluate: (params, stopping) -> figures by name ('eval/<task>/loss'), or None once stopping() is true;
+        None where there is nothing to evaluate on.
+      eval_settings: fingerprint of what `evaluate` reads: a finished run is evaluated again when it changes.
       flops_per_token: for MFU.
       goodput: the clock.
       first, done: the first and the newest step of this process, kept by the loop.
@@ -120,7 +126,8 @@ class Loop:
     checkpointer: Checkpointer
     metadata: Mapping[str, Any]
     restore: Callable[[], tuple[Any, dict[str, Any]] | None]
-    evaluate: Callable[[Any], dict[str, float]] | None
+    evaluate: Callable[[Any, Callable[[], bool]], dict[str, float] | None] | None
+    eval_settings: str
     flops_per_token: float
     goodput: Goodput
     first: int = 0
@@ -132,16 +139,18 @@ class Loop:
         Raises:
           SystemExit: SIGTERM came and the state is saved (status 0).
           KeyboardInterrupt: Ctrl-C came and the state is saved.
-          UserError: a loss that is not finite, as the policy says; a checkpoint that cannot be written.
+          UserError: a loss that is not finite, as the policy says; a checkpoint that cannot be written; a
+            `keep_best` that is not measured. Whatever an evaluation raises; the state is saved then.
         """
         rollbacks: collections.Counter[int] = collections.Counter()
         self.first = self.done = int(state.step)
         if self.options.on_nan == "rollback" and not all_steps(self.checkpointer.folder):
-            self._save(self.done, state, progress)  # something to go back to
+            self._save(self.done, state, progress, {})  # something to go back to
         with StopSignal() as stop:
             while True:
                 try:
-                    return self._session(state, progress, stop)
+                    state, progress = self._session(state, progress, stop)
+                    break
                 except _Rollback as error:
                     # The traceback would keep the bad state alive during the restore.
                     bad = error.with_traceback(None)
@@ -154,6 +163,14 @@ class Loop:
                         self.goodput.write(self.run, self.first, self.done)
                 state = None
                 state, progress = self._roll_back(bad, rollbacks)
+        # A stop in the last step, or later, is one too: else a workflow would go on with its next job.
+        stopping = stop.requested(self.done + 1)
+        if stopping is None:
+            return state, progress
+        console.say(f"stopped at step {self.done}; run the same command to go on")
+        if stopping == 0:
+            raise SystemExit(0)
+        raise KeyboardInterrupt
 
     def _roll_back(self, bad: _Rollback, rollbacks: collections.Counter[int]) -> tuple[Any, Progress]:
         with self.goodput.timed("checkpoint"):
@@ -183,7 +200,6 @@ class Loop:
         options = self.options
         done = int(state.step)
         pending: collections.deque[tuple[int, Any]] = collections.deque()
-        saved = done if done in all_steps(self.checkpointer.folder) else -1
         with contextlib.ExitStack() as stack:
             writer = _Metrics(self.run, done)
             stack.callback(writer.close)
@@ -191,12 +207,17 @@ class Loop:
                 console.progress("training", total=options.steps, unit="steps", start=done)
             )
             reader = _Reader(self, progress, writer, bar)
+            if self.evaluate is None:
+                progress.evaluation = {}
+            if self._is_owed(done, progress):
+                self._evaluate(done, state, progress, writer, stop)
             stack.enter_context(self.goodput.timed("step"))
             source = self.batches(done + progress.offset)
             closer = getattr(source, "close", None)
             if closer is not None:
                 stack.callback(closer)
-            while done < options.steps:
+            stopping = None
+            while done < options.steps and stopping is None:
                 with self.goodput.timed("data_wait"):
                     host_batch = next(source)
                 batch = self.put(host_batch)
@@ -207,48 +228,73 @@ class Loop:
                 while len(pending) > IN_FLIGHT:
                     reader.read(*pending.popleft())
                 self.checkpointer.poll()
-                last = done == options.steps
                 stopping = stop.requested(done)
-                evaluating = self.evaluate is not None and (
-                    last or (options.eval_every is not None and done % options.eval_every == 0)
+                # Who stops has no time to evaluate (a preempted TPU has 30 s): the resumed run does it.
+                evaluating = self._is_due(done) and stopping is None
+                saving = done == options.steps or (
+                    options.checkpoint_every is not None and done % options.checkpoint_every == 0
                 )
-                saving = (
-                    last
-                    or stopping is not None
-                    or (options.checkpoint_every is not None and done % options.checkpoint_every == 0)
-                )
-                if not (evaluating or saving):
+                if not (evaluating or saving or stopping is not None):
                     continue
                 while pending:  # nothing is evaluated or saved before its steps are known to be finite
                     reader.read(*pending.popleft())
-                if evaluating and self.evaluate is not None:
-                    with self.goodput.timed("evaluate"):
-                        figures = self.evaluate(state.params)
-                    progress.last |= figures
-                    writer.write(done, figures)
-                if saving and saved != done:
-                    reader.settle()
-                    self._save(done, state, progress)
-                    saved = done
-                if stopping is not None and not last:
-                    with self.goodput.timed("checkpoint"):
-                        self.checkpointer.close()
-                    console.say(f"stopped at step {done}; run the same command to go on")
-                    if stopping == 0:
-                        raise SystemExit(0)
-                    raise KeyboardInterrupt
+                reader.settle()
+                if evaluating:
+                    try:
+                        self._evaluate(done, state, progress, writer, stop)
+                    except Exception:  # not a step is lost by it
+                        self._save(done, state, progress, {})
+                        raise
+                    stopping = stop.requested(done)
+                if saving or stopping is not None:
+                    self._save(done, state, progress, reader.figures_of(done))
             reader.settle()
             with self.goodput.timed("checkpoint"):
                 self.checkpointer.close()
         return state, progress
 
-    def _save(self, step: int, state: Any, progress: Progress) -> None:
+    def _is_due(self, step: int) -> bool:
+        every, steps = self.options.eval_every, self.options.steps
+        due = step == steps or (every is not None and step > 0 and step % every == 0)
+        return self.evaluate is not None and due
+
+    def _is_owed(self, step: int, progress: Progress) -> bool:
+        """Whether the evaluation of a restored step is still to be made: a stop or an error came before it,
+        or the run had been finished with other evaluation settings.
+        """
+        made = progress.evaluation
+        same = step < self.options.steps or made.get("settings") == self.eval_settings
+        return self._is_due(step) and not (made.get("step") == step and same)
+
+    def _evaluate(
+        self, step: int, state: Any, progress: Progress, writer: _Metrics, stop: StopSignal
+    ) -> None:
+        """Evaluates and writes the figures; a stop ends it early, without figures."""
+        assert self.evaluate is not None
+        with self.goodput.timed("evaluate"):
+            figures = self.evaluate(state.params, stop.is_caught)
+        if figures is None:
+            return
+        progress.evaluation = {"step": step, "settings": self.eval_settings, "figures": figures}
+        writer.write(step, figures)
+        best = self.checkpointer.best_metric
+        measured = [*figures, *progress.last, *(f"train/{name}" for name in progress.window)]
+        if best is not None and best not in measured:
+            near = difflib.get_close_matches(best, measured, 1, cutoff=0)
+            raise run_dir.UserError(
+                f"keep_best is {best!r}, which is not measured: did you mean {near[0]!r}? There are "
+                f"{', '.join(sorted(figures))}. The checkpoint of step {step} is saved; run with another "
+                "keep_best to go on."
+            )
+
+    def _save(self, step: int, state: Any, progress: Progress, metrics: Mapping[str, float]) -> None:
+        """Saves with `metrics`, which keep_best compares: those of this very step and no other."""
         with self.goodput.timed("checkpoint"):
             self.checkpointer.save(
                 step,
                 state,
                 {**self.metadata, "step": step, "progress": progress.to_json()},
-                metrics=progress.last,
+                metrics=metrics,
             )
 
 
@@ -295,6 +341,7 @@ class _Reader:
     def __init__(self, loop: Loop, progress: Progress, writer: _Metrics, bar: Any) -> None:
         self.loop, self.progress, self.writer, self.bar = loop, progress, writer, bar
         self.bad_in_a_row = 0
+        self._logged = -1  # step of progress.last
         self._clock = self._busy()
         self._rate_clock, self._rate_tokens = self._clock, 0.0
 
@@ -307,6 +354,12 @@ class _Reader:
         now = self._busy()
         self.progress.seconds += now - self._clock
         self._clock = now
+
+    def figures_of(self, step: int) -> dict[str, float]:
+        """What was measured at this very step: the line of training figures, the evaluation, or neither."""
+        evaluation = self.progress.evaluation
+        trained = self.progress.last if self._logged == step else {}
+        return trained | (evaluation["figures"] if evaluation.get("step") == step else {})
 
     def read(self, step: int, metrics: Any) -> None:
         """Waits for the step's metrics and books them."""
@@ -346,7 +399,7 @@ class _Reader:
         if share is not None:
             figures["train/mfu"] = share
         self.writer.write(step, figures)
-        progress.last |= figures
+        progress.last, self._logged = figures, step
         shown = {"loss": round(figures.get("train/loss", math.nan), 4), "tokens/s": round(rate)}
         if share is not None:
             shown["MFU"] = round(share, 3)
@@ -389,6 +442,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self._status: int | None = None
+        self._agreed = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
@@ -414,8 +468,13 @@ class StopSignal:
         if jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
+    def is_caught(self) -> bool:
+        """Whether a signal has come, for who need not agree with other processes; with several, False."""
+        return self._status is not None and jax.process_count() == 1
+
     def requested(self, step: int) -> int | None:
-        """The exit status if the loop is to stop after this step, else None."""
+        """The exit status if the loop is to stop after this step, else None; once agreed, it stays so."""
         if jax.process_count() == 1:
             return self._status
-        return (self._status or 0) if multihost_utils.reached_preemption_sync_point(step) else None
+        self._agreed = self._agreed or multihost_utils.reached_preemption_sync_point(step)
+        return (self._status or 0) if self._agreed else None

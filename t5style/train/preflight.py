@@ -139,6 +139,7 @@ def preflight(
     *,
     config: TransformerConfig,
     source: BatchSource,
+    eval_tasks: Sequence[Task],
     split: str,
     seed: int,
     steps: int,
@@ -152,6 +153,7 @@ def preflight(
       run: the run folder.
       config: the model.
       source: the training batches.
+      eval_tasks: what is evaluated on.
       split, seed, steps: of the run.
       costs: see `Costs`.
       start: in words, what the run starts from.
@@ -160,7 +162,7 @@ def preflight(
       UserError: what `check_vocabulary`, `verify_stores` and `probe` refuse.
     """
     check_vocabulary(config, source.vocabulary, source.tasks[0].store)
-    stores = verify_stores(source.tasks)
+    stores = verify_stores([*source.tasks, *eval_tasks])
     tasks = [probe(task, split, source.lengths, config, source.pack, seed) for task in source.tasks]
     rates = [source.statistics[task["task"]]["rate"] for task in tasks]
     positions = sum(source.lengths.values())

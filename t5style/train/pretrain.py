@@ -10,7 +10,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -65,7 +65,8 @@ class Pretrain:
       eval_batch_size: rows of an evaluation batch; None for batch_size / accumulation.
       checkpoint_every: steps between checkpoints; None for only at the end (and on SIGTERM).
       keep: newest checkpoints to keep; keep_every: also keep those at multiples of this step for good;
-        keep_best: also keep the one with the lowest value of this metric, for example 'eval/<task>/loss'.
+        keep_best: also keep the one with the lowest value of this metric, for example 'eval/<task>/loss', of
+        those saved at a step at which it was measured.
       log_every: steps between lines of metrics.
       accumulation: microbatches per step.
       on_nan: 'stop', 'skip' or 'rollback', see `loop.LoopOptions`.
@@ -103,9 +104,11 @@ class Pretrain:
     init_from: str | None = None
 
     distributed: ClassVar[bool] = True
-    # A run may be made longer, and be watched otherwise, without starting over.
+    # A run may be made longer, go on on other devices, and be watched otherwise, without starting over.
     may_change: ClassVar[tuple[str, ...]] = (
         "steps",
+        "mesh",
+        "rules",
         "on_nan",
         "eval_tasks",
         "eval_split",
@@ -130,6 +133,10 @@ class Pretrain:
             )
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing is {self.label_smoothing}; it must lie in [0, 1).")
+        if self.eval_split is None and (self.keep_best or "").startswith("eval/"):
+            raise ValueError(
+                f"keep_best is {self.keep_best!r}, but with eval_split None nothing is evaluated."
+            )
         if self.z_loss < 0:
             raise ValueError(f"z_loss is {self.z_loss}; it must be 0 or more.")
 
@@ -144,8 +151,8 @@ class Pretrain:
         )
 
     def inputs(self) -> Sequence[str]:
-        """Folders whose content decides the result."""
-        stores = [task.store for task in (*_tasks(self.task), *(self.eval_tasks or ()))]
+        """Folders whose content decides the parameters: what they are evaluated on may change."""
+        stores = [task.store for task in _tasks(self.task)]
         return [*dict.fromkeys(stores), *([self.init_from] if self.init_from else [])]
 
     # --- abstract questions: nothing is allocated ---
@@ -233,6 +240,7 @@ class Pretrain:
             self.pack,
         )
         preflight.check_vocabulary(self.model, source.vocabulary, source.tasks[0].store)
+        evaluated = self._eval_sources(source, mesh)
         keeper = checkpoint.Checkpointer(
             run.path / "checkpoints", self.keep, self.keep_every, best_metric=self.keep_best
         )
@@ -242,6 +250,7 @@ class Pretrain:
                 run,
                 config=self.model,
                 source=source,
+                eval_tasks=[task for other in evaluated for task in other.tasks],
                 split=self.split,
                 seed=self.seed,
                 steps=self.steps,
@@ -251,7 +260,7 @@ class Pretrain:
             if run_dir.is_main_process():
                 run_dir.atomic_write(run.path / "model.json", self.model.to_json())
                 source.vocabulary.save(run.path / "vocabulary")
-            loop = self._loop(run, mesh, source, keeper, goodput, state)
+            loop = self._loop(run, mesh, source, evaluated, keeper, goodput, state)
             state, progress = loop.run_to_end(state, progress)
         return self._figures(state, progress, goodput, source, time.perf_counter() - began)
 
@@ -268,6 +277,11 @@ class Pretrain:
             state, metadata = restored
             self._check_same_run(run, metadata, source)
             step = int(state.step)
+            if step > self.steps:
+                raise run_dir.UserError(
+                    f"steps is {self.steps}, but {run.path} has been trained to step {step}: set steps to "
+                    f"{step} or more, or choose another RUN_DIR."
+                )
             progress = Progress.from_json(metadata["progress"])
             return state, progress, f"resumes this run at step {step} of {self.steps}"
         lineage: dict[str, Any] = {
@@ -308,6 +322,7 @@ class Pretrain:
         run: run_dir.RunDir,
         mesh: Mesh,
         source: BatchSource,
+        evaluated: Sequence[BatchSource],
         keeper: checkpoint.Checkpointer,
         goodput: Goodput,
         state: Any,
@@ -350,19 +365,26 @@ class Pretrain:
                 "model": json.loads(self.model.to_json()),
             },
             restore=lambda: keeper.restore_latest(target),
-            evaluate=self._evaluator(mesh, loss),
+            evaluate=self._evaluator(evaluated, mesh, loss) if evaluated else None,
+            eval_settings=run_dir.fingerprint(
+                [[other.fingerprint for other in evaluated], self.eval_batches]
+            ),
             flops_per_token=self._flops_per_token(),
             goodput=goodput,
         )
 
-    def _evaluator(self, mesh: Mesh, loss: LanguageModelLoss) -> Any:
-        """params -> {'eval/<task>/loss': ...}; None where there is nothing to evaluate on."""
+    def _eval_sources(self, trained: BatchSource, mesh: Mesh) -> list[BatchSource]:
+        """What to evaluate on, task by task.
+
+        Raises:
+          UserError: a store that is missing, lacks the split, or was made with another vocabulary.
+        """
         if self.eval_split is None:
-            return None
+            return []
         rows = self.eval_batch_size or self.batch_size // self.accumulation
         rules.check_batch(rows, mesh)
-        sources = {
-            task.name: BatchSource(
+        sources = [
+            BatchSource(
                 task,
                 self.eval_split,
                 rows,
@@ -373,18 +395,33 @@ class Pretrain:
                 False,
             )
             for task in (self.eval_tasks if self.eval_tasks is not None else _tasks(self.task))
-        }
+        ]
+        for source in sources:
+            if source.vocabulary != trained.vocabulary:
+                raise run_dir.UserError(
+                    f"eval task {source.task.name!r} has a store of vocabulary "
+                    f"{source.vocabulary.fingerprint}, the run is trained with "
+                    f"{trained.vocabulary.fingerprint}: the same ids would mean other words. Tokenize both "
+                    "with one vocabulary."
+                )
+        return sources
+
+    def _evaluator(self, sources: Sequence[BatchSource], mesh: Mesh, loss: LanguageModelLoss) -> Any:
+        """(params, stopping) -> {'eval/<task>/loss': ...}, or None once stopping() is true."""
         step = jax.jit(make_eval_step(loss))
         shard, shards = rules.host_shard(mesh)
 
-        def evaluate(params: Any) -> dict[str, float]:
+        def evaluate(params: Any, stopping: Callable[[], bool]) -> dict[str, float] | None:
             figures: dict[str, float] = {}
-            for name, source in sources.items():
+            for source in sources:
+                name = source.task.name
                 sums: dict[str, np.ndarray] = {}
                 with contextlib.closing(
                     source.evaluation_iter(shard, shards, max_batches=self.eval_batches)
                 ) as batches:
                     for metrics in _late(step(params, rules.put_batch(batch, mesh)) for batch in batches):
+                        if stopping():
+                            return None
                         for metric, pair in metrics.items():
                             sums[metric] = sums.get(metric, np.zeros(2)) + np.asarray(pair, np.float64)
                 for metric, (total, weight) in sums.items():
@@ -397,14 +434,12 @@ class Pretrain:
     def _figures(
         self, state: Any, progress: Progress, goodput: Goodput, source: BatchSource, seconds: float
     ) -> Figures:
-        last = progress.last
-        evaluated = {name: value for name, value in last.items() if name.startswith("eval/")}
         shares = goodput.fractions()
         return {
             "steps": int(state.step),
             "parameters": model_params.count_params(self.model),
-            "train_loss": last.get("train/loss"),
-            **evaluated,
+            "train_loss": progress.last.get("train/loss"),
+            **progress.evaluation.get("figures", {}),
             "tokens": progress.tokens,
             "epochs": self.steps / source.batches_per_epoch,
             "training_seconds": round(progress.seconds, 3),

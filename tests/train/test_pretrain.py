@@ -7,20 +7,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import shutil
+import signal
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from t5style import console, run_dir
+from t5style import console, run_dir, workflow
 from t5style.corpus.vocabulary import CharacterVocabulary
-from t5style.data.objectives import PrefixLM, Supervised
+from t5style.data.objectives import CausalLM, PrefixLM, Supervised
 from t5style.data.pipeline import BatchSource
 from t5style.data.task import Mixture, Task
 from t5style.data.token_store import TokenStoreWriter
 from t5style.models.config import TransformerConfig
 from t5style.parallel.mesh import MeshConfig
+from t5style.parallel.rules import Rules
 from t5style.train import checkpoint
 from t5style.train.optimizer import Optimizer
 from t5style.train.pretrain import Pretrain
@@ -32,6 +35,12 @@ ONE = MeshConfig(devices=1)
 
 def run(job: Pretrain, folder: pathlib.Path) -> dict[str, Any]:
     return job(run_dir.RunDir(folder).create())
+
+
+def perform(job: Pretrain, folder: pathlib.Path) -> dict[str, Any]:
+    """As the command does it: with the folder's records, which decide what may go on."""
+    run = run_dir.RunDir(folder)
+    return workflow.perform(job, run, workflow.all_inputs(job, {}, run), root=run, replace=False)
 
 
 def job(store: str, **fields: Any) -> Pretrain:
@@ -134,6 +143,8 @@ def test_a_finished_run_does_nothing_and_a_longer_one_goes_on(
     assert any("resumes this run at step 8 of 12" in text for text in said)
     straight = run(dataclasses.replace(short, steps=12), tmp_path / "straight")
     assert straight["train_loss"] == longer["train_loss"]
+    with pytest.raises(run_dir.UserError, match=r"steps is 8, but .* has been trained to step 12: set steps"):
+        run(short, tmp_path)
     for a, b in zip(params(tmp_path), params(tmp_path / "straight"), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -142,8 +153,9 @@ def test_resumes_on_another_mesh(store: str, tmp_path: pathlib.Path, said: list[
     constant = Optimizer(learning_rate=Schedule("constant", 1e-2))
     short = job(store, steps=4, model={"dropout": 0.0}, optimizer=constant)
     run(dataclasses.replace(short, steps=8), tmp_path / "straight")
-    run(short, tmp_path / "moved")
-    run(dataclasses.replace(short, steps=8, mesh=MeshConfig(data=2, fsdp=2, tensor=2)), tmp_path / "moved")
+    perform(short, tmp_path / "moved")
+    mesh, moved_rules = MeshConfig(data=2, fsdp=2, tensor=2), Rules(parameters={"vocab": None})
+    perform(dataclasses.replace(short, steps=8, mesh=mesh, rules=moved_rules), tmp_path / "moved")
     assert any("resumes this run at step 4 of 8" in text for text in said)
     straight, moved = metrics(tmp_path / "straight"), metrics(tmp_path / "moved")
     assert moved[3] == straight[3]
@@ -252,6 +264,111 @@ def test_a_mixture_is_evaluated_task_by_task(store: str, tmp_path: pathlib.Path)
     assert {"eval/words/loss", "eval/prefix/loss"} <= figures.keys()
 
 
+def evaluated(store: str, **fields: Any) -> Pretrain:
+    return job(store, steps=4, **({"eval_split": "validation", "eval_batches": 1, "eval_every": 2} | fields))
+
+
+@pytest.fixture(scope="module")
+def four_steps(store: str, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """What `evaluated` leaves behind when nothing disturbs it."""
+    folder = tmp_path_factory.mktemp("evaluated") / "run"
+    perform(evaluated(store), folder)
+    return folder
+
+
+def untimed(folder: pathlib.Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in x.items() if k not in ("time", "train/tokens_per_second")} for x in lines]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("what", [ZeroDivisionError, signal.SIGTERM, signal.SIGINT], ids=str)
+def test_what_happens_in_an_evaluation_loses_no_step(
+    store: str,
+    four_steps: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    what: Any,
+    number: int,
+) -> None:
+    """The first of two evaluations is in the middle, the other at the end: an error, or a signal, in it."""
+    honest, calls = BatchSource.evaluation_iter, iter(range(1, 9))
+
+    def disturbed(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == number:
+            if what is ZeroDivisionError:
+                raise ZeroDivisionError
+            signal.raise_signal(what)
+        return honest(*arguments, **options)
+
+    monkeypatch.setattr(BatchSource, "evaluation_iter", disturbed)
+    error = {signal.SIGTERM: SystemExit, signal.SIGINT: KeyboardInterrupt}.get(what, what)
+    with pytest.raises(error):
+        perform(evaluated(store), tmp_path)
+    assert checkpoint.all_steps(tmp_path / "checkpoints") == [2 * number]
+    assert not (tmp_path / "manifest.json").exists(), "a workflow would begin its next stage"
+    figures = perform(evaluated(store), tmp_path)
+    assert "eval/words/loss" in figures
+    assert untimed(tmp_path) == untimed(four_steps)
+
+
+def test_a_signal_in_the_last_save_stops(
+    store: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = checkpoint.Checkpointer.close
+
+    def close(self: checkpoint.Checkpointer) -> None:
+        signal.raise_signal(signal.SIGINT)
+        honest(self)
+
+    monkeypatch.setattr(checkpoint.Checkpointer, "close", close)
+    with pytest.raises(KeyboardInterrupt):
+        run(job(store, steps=4), tmp_path)
+    assert checkpoint.all_steps(tmp_path / "checkpoints") == [4]
+
+
+def test_other_evaluation_settings_are_honoured_without_training(
+    store: str, four_steps: pathlib.Path, tmp_path: pathlib.Path, said: list[str]
+) -> None:
+    folder = shutil.copytree(four_steps, tmp_path / "run")
+    before = json.loads((folder / "manifest.json").read_text())["figures"]
+    another = tiny_run.make_store(str(tmp_path / "another"), examples=8)
+    tasks = [Task("new", another, PrefixLM())]
+    figures = perform(evaluated(store, eval_tasks=tasks), folder)
+    assert any("resumes this run at step 4 of 4" in text for text in said)
+    assert "eval/words/loss" not in figures
+    assert metrics(folder, "eval/new/loss") == {4: figures["eval/new/loss"]}
+    whole = perform(evaluated(store, eval_batches=None), folder)
+    assert whole["eval/words/tokens"] > before["eval/words/tokens"]
+    assert "eval/words/loss" not in perform(evaluated(store, eval_split=None), folder)
+    assert perform(evaluated(store), folder)["eval/words/loss"] == before["eval/words/loss"]
+
+
+def test_keep_best_keeps_what_was_measured(
+    store: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([1.0, 2.0, 3.0])
+    monkeypatch.setattr(
+        Pretrain, "_evaluator", lambda *given: lambda *given: {"eval/words/loss": next(losses)}
+    )
+    best = evaluated(store, keep_best="eval/words/loss", keep=1, checkpoint_every=1)
+    run(best, tmp_path / "run")
+    assert sorted(checkpoint.all_steps(tmp_path / "run" / "checkpoints")) == [2, 4]
+    with pytest.raises(run_dir.UserError, match=r"did you mean 'eval/words/loss'.* step 2 is saved"):
+        run(dataclasses.replace(best, keep_best="eval/word/loss", keep=2), tmp_path / "misspelt")
+    assert sorted(checkpoint.all_steps(tmp_path / "misspelt" / "checkpoints")) == [1, 2]
+
+
+def test_evaluation_stores_are_checked_before_the_first_step(store: str, tmp_path: pathlib.Path) -> None:
+    words = tiny_run.make_store(str(tmp_path / "words"), examples=8, extra_ids=7)
+    damaged = tiny_run.make_store(str(tmp_path / "damaged"), examples=8)
+    damage(damaged, "train")
+    for folder, message in ((words, "eval task 'new' has a store of vocabulary"), (damaged, "checksum")):
+        with pytest.raises(run_dir.UserError, match=message):
+            run(evaluated(store, eval_tasks=[Task("new", folder, CausalLM())]), tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
@@ -292,14 +409,18 @@ def test_supervised_share_that_cannot_be_meant(tmp_path: pathlib.Path) -> None:
         )
 
 
-def test_damaged_store_is_refused(tmp_path: pathlib.Path) -> None:
-    store = tiny_run.make_store(str(tmp_path / "store"), examples=8)
+def damage(store: str, split: str) -> None:
     file = max(
-        (f for f in pathlib.Path(store, "train").rglob("*") if f.is_file()), key=lambda f: f.stat().st_size
+        (f for f in pathlib.Path(store, split).rglob("*") if f.is_file()), key=lambda f: f.stat().st_size
     )
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
+
+
+def test_damaged_store_is_refused(tmp_path: pathlib.Path) -> None:
+    store = tiny_run.make_store(str(tmp_path / "store"), examples=8)
+    damage(store, "train")
     with pytest.raises(run_dir.UserError, match="checksum"):
         run(job(store), tmp_path / "run")
 
@@ -324,6 +445,7 @@ def test_dry_run_and_sharding_need_no_store(tmp_path: pathlib.Path, said: list[s
         ({"z_loss": -1.0}, "z_loss is -1.0"),
         ({"keep": 0}, "keep is 0"),
         ({"eval_batches": 0}, "eval_batches is 0"),
+        ({"keep_best": "eval/words/loss", "eval_split": None}, "with eval_split None nothing is evaluated"),
     ],
 )
 def test_bad_values_are_named(fields: dict[str, Any], words: str) -> None:
