@@ -51,7 +51,8 @@ class Evaluate:
       split: the task's split.
       max_examples: so many examples of each task, drawn by `seed`; None: all.
       batch_size: examples at a time.
-      max_new_tokens: of an answer; None: as many as the decoder's length.
+      max_new_tokens: of an answer; None: as many as the decoder's length. A decoder-only model's answer ends
+        with the positions it was made for.
       baselines: what the model is compared with, computed from the task's training split.
       train_split: its name.
       train_examples: so many training examples for the baselines, drawn likewise; None: all.
@@ -136,12 +137,14 @@ class Evaluate:
         for name, system in systems.items():
             check_model(system, model, source.vocabulary, f"{name} {system.path}", task)
         examples = read_examples(source, self.max_examples)
+        scored = bool(task.metrics) and isinstance(task.objective, Supervised)
+        for name, system in systems.items() if scored else ():
+            self._check_room(system, examples, name, task)
         likelihoods = {
             name: likelihood(system, examples, f"{task.name}: likelihood of {name}")
             for name, system in systems.items()
         }
         texts: dict[str, list[str]] = {}
-        scored = bool(task.metrics) and isinstance(task.objective, Supervised)
         if scored:
             for name, system in systems.items():
                 texts[name] = self._answers(system, examples, f"{task.name}: answers of {name}")
@@ -196,18 +199,40 @@ class Evaluate:
             shuffle=shuffle,
         )
 
-    def _answers(self, model: Model, examples: Sequence[Example], description: str) -> list[str]:
+    def _room(self, model: Model, example: Example) -> int:
+        """The most tokens of an answer: a decoder-only model's end with its context."""
         new = self.max_new_tokens or int(self.lengths["decoder"])
+        limit = None if model.encoder_decoder else model.config.context_length
+        return new if limit is None else min(new, limit - len(example.prompt))
+
+    def _check_room(self, model: Model, examples: Sequence[Example], name: str, task: Task) -> None:
+        for i, example in enumerate(examples):
+            if self._room(model, example) < 1:
+                raise UserError(
+                    f"task {task.name!r}: the prompt of example {i} has {len(example.prompt)} tokens, and {name} "
+                    f"was made for {model.config.context_length}: no room is left for an answer. Lower "
+                    f"lengths['decoder'], which is {self.lengths['decoder']}, and let the objective drop what "
+                    "is longer (on_overlong = 'drop')"
+                )
+
+    def _answers(self, model: Model, examples: Sequence[Example], description: str) -> list[str]:
         assert model.vocabulary is not None
-        texts = []
+        texts: list[str] = []
         # In chunks, for the progress bar; within each, prompts of similar length go together.
         chunk = self.batch_size * 8
         with console.progress(description, len(examples), "examples") as bar:
             for start in range(0, len(examples), chunk):
-                prompts = [example.prompt for example in examples[start : start + chunk]]
-                answers = model.complete_tokens(prompts, new, batch_size=self.batch_size)
+                part = examples[start : start + chunk]
+                rooms = [self._room(model, example) for example in part]
+                answers: list[list[int]] = [[] for _ in part]
+                for room in set(rooms):
+                    chosen = [i for i in range(len(part)) if rooms[i] == room]
+                    prompts = [part[i].prompt for i in chosen]
+                    said = model.complete_tokens(prompts, room, batch_size=self.batch_size)
+                    for i, answer in zip(chosen, said, strict=True):
+                        answers[i] = answer
                 texts += [model.vocabulary.decode(answer) for answer in answers]
-                bar.advance(len(prompts))
+                bar.advance(len(part))
         return texts
 
     def _compare_likelihoods(

@@ -146,6 +146,23 @@ def test_decoder_only_and_streams(tiny, tmp_path):
     assert stream["tokens"] == sum(len(f"{s} {t}") + 1 for s, t in tiny_task.examples("validation", 21))
 
 
+def test_answers_end_with_the_context_of_a_decoder_only_model(tiny, tmp_path):
+    """Prompt and answer share the places that the model was made for."""
+    config = tiny_task.model(decoder_only=True).replace(context_length=16)
+    params = jax.jit(lambda key: init_params(config, key))(jax.random.key(0))
+    m = Model(config, params, tiny_task.VOCABULARY)
+    m.save(tmp_path / "model")
+    task = tiny_task.task(tiny.store, metrics=(metrics.exact_match,))
+    job = Evaluate(str(tmp_path / "model"), [task], {"decoder": 16}, baselines=(), max_examples=8)
+    job(RunDir(tmp_path / "run").create())
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    for row in samples:
+        assert row["model"] == m.generate([row["inputs"]], 16 - 1 - len(row["inputs"]))[0]
+    Model(config.replace(context_length=5), params, tiny_task.VOCABULARY).save(tmp_path / "model")
+    with pytest.raises(UserError, match=r"has \d+ tokens, and model was made for 5: no room is left"):
+        job(RunDir(tmp_path / "no").create())
+
+
 def test_process_0_works_alone_while_the_others_wait(tiny, tmp_path):
     """Two processes of two devices each; with a mesh over those of process 0."""
     bindings = f"""
