@@ -13,6 +13,11 @@ from collections.abc import Iterator
 
 from etils import epath
 
+# Paths on object stores go through fsspec: epath would import TensorFlow for them wherever it is installed.
+# And what other processes have written must be seen at once, so gcsfs may not remember listings.
+os.environ.setdefault("EPATH_USE_TF", "false")
+os.environ.setdefault("FSSPEC_GCS", '{"use_listings_cache": false}')
+
 PathLike = str | os.PathLike[str]
 
 
@@ -25,6 +30,18 @@ class UserError(Exception):
 def is_local(path: PathLike) -> bool:
     """True if `path` is on a file system of this machine (not gs://, s3://, ...)."""
     return "://" not in os.fspath(path)
+
+
+def check_store(path: PathLike) -> None:
+    """Raises UserError if `path` lies where this installation cannot go."""
+    if is_local(path):
+        return
+    import fsspec
+
+    try:
+        fsspec.get_filesystem_class(os.fspath(path).partition("://")[0])
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{os.fspath(path)}: {error} (for gs://: pip install 't5style[gcs]')") from None
 
 
 def atomic_write(path: PathLike, data: str | bytes) -> None:
@@ -107,9 +124,12 @@ def expand(pattern: PathLike) -> list[epath.Path]:
     """
     text = os.path.expanduser(pattern)
     if not is_local(text):
-        scheme, _, rest = text.partition("://")
-        bucket, _, inside = rest.partition("/")
-        return sorted(file for file in epath.Path(f"{scheme}://{bucket}").glob(inside) if file.is_file())
+        import fsspec.core  # epath's own glob knows no `**`
+
+        store, inside = fsspec.core.url_to_fs(text)
+        found = store.glob(inside, detail=True)
+        names = [name for name, entry in found.items() if entry["type"] == "file"]
+        return sorted(epath.Path(store.unstrip_protocol(name)) for name in names)
     return sorted(epath.Path(match) for match in glob.glob(text, recursive=True) if os.path.isfile(match))
 
 

@@ -21,6 +21,7 @@ import pathlib
 import re
 import socket
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ from t5style.files import PathLike as PathLike
 from t5style.files import UserError as UserError
 from t5style.files import atomic_folder as atomic_folder
 from t5style.files import atomic_write as atomic_write
+from t5style.files import check_store as check_store
 from t5style.files import expand as expand
 from t5style.files import free_bytes as free_bytes
 from t5style.files import is_local as is_local
@@ -142,6 +144,7 @@ def path_fingerprint(path: PathLike) -> str:
     `path` may be a file, a folder or a glob pattern (see `files.expand`). Hidden files do not count. Raises
     UserError where there is nothing, or where the manifest is damaged.
     """
+    check_store(path)
     place = epath.Path(os.path.expanduser(path))
     if place.is_file():
         return _digest([(place.name, place)])
@@ -189,11 +192,15 @@ def _digest(files: Sequence[tuple[str, epath.Path]]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class RunDir:
-    """One run's folder. `RunDir(path)` makes nothing on disk; `create()` and the writers do."""
+    """One run's folder. `RunDir(path)` makes nothing on disk; `create()` and the writers do.
+
+    Raises UserError for a path on an object store that this installation cannot reach.
+    """
 
     path: epath.Path
 
     def __init__(self, path: PathLike) -> None:
+        check_store(path)
         object.__setattr__(self, "path", epath.Path(path))
 
     @property
@@ -369,13 +376,16 @@ class MetricsWriter:
         if self._text != before:
             atomic_write(self._file, self._text)
         self._stream = open(os.fspath(self._file), "a", encoding="utf-8") if self._local else None  # noqa: SIM115
-        self._uploaded = self._clock()
+        self._flushed = self._clock()
         tensorboardX = _import_tensorboardx()  # here: it costs 0.2 s that --help need not spend
         logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # else a line for every NaN
 
-        events = os.fspath(epath.Path(folder) / "tensorboard")
+        self._event_folder = self._file.parent / "tensorboard"
+        # Event files are appended to, which object stores cannot: written here, and copied there.
+        self._scratch = None if self._local else tempfile.TemporaryDirectory(prefix="t5style-events-")
         self._events = tensorboardX.SummaryWriter(
-            events, purge_step=None if resume_step is None else resume_step + 1
+            os.fspath(self._event_folder) if self._scratch is None else self._scratch.name,
+            purge_step=None if resume_step is None else resume_step + 1,
         )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -387,28 +397,43 @@ class MetricsWriter:
         if self._stream is not None:
             self._stream.write(line)
             self._stream.flush()
-        else:  # object stores cannot append: write the whole object again, at most once a minute
-            self._text += line
-            if self._clock() - self._uploaded > 60:
-                self._upload()
         for name, value in figures.items():
             self._events.add_scalar(name, value, int(step))
+        if self._stream is None:  # object stores cannot append: the whole object again, at most once a minute
+            self._text += line
+            if self._clock() - self._flushed > 60:
+                self.flush()
 
-    def _upload(self) -> None:
-        atomic_write(self._file, self._text)
-        self._uploaded = self._clock()
+    def flush(self) -> None:
+        """Brings every line where it outlasts this machine's end; call it before a checkpoint that says that
+        these steps are done. Of the newest events some may follow later.
+        """
+        if not self._active:
+            return
+        self._events.flush()
+        if self._stream is not None:
+            os.fsync(self._stream.fileno())
+        else:
+            atomic_write(self._file, self._text)
+            self._copy_events()
+            self._flushed = self._clock()
+
+    def _copy_events(self) -> None:
+        if self._scratch is not None:
+            for file in epath.Path(self._scratch.name).iterdir():
+                atomic_write(self._event_folder / file.name, file.read_bytes())
 
     def close(self) -> None:
         if not self._active:
             return
+        self.flush()
         self._active = False
-        if self._stream is not None:
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
-            self._stream.close()
-        else:
-            self._upload()
         self._events.close()
+        self._copy_events()
+        if self._stream is not None:
+            self._stream.close()
+        if self._scratch is not None:
+            self._scratch.cleanup()
 
     def __enter__(self) -> MetricsWriter:
         return self

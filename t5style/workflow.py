@@ -293,6 +293,9 @@ def _move_aside(run: RunDir) -> str:
     number = 1
     while (target := run.path.parent / f"{run.name}.replaced-{number}").exists():
         number += 1
+    if not run_dir.is_local(run.path):  # no lock; and a folder is there only while something is in it
+        run.path.rename(target)
+        return str(target)
     # The folder itself stays, for this process holds the lock inside it: its entries move.
     target.mkdir()
     for entry in list(run.path.iterdir()):

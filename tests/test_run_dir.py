@@ -10,13 +10,17 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from etils import epath
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
 from hypothesis import given
 from hypothesis import strategies as st
 
-from t5style import run_dir
+from t5style import run_dir, workflow
 from t5style.run_dir import RunDir, UserError
 from tests import fake_jobs, helpers
 
@@ -235,19 +239,80 @@ def test_metrics_resume_drops_later_steps_and_the_torn_line(tmp_path):
     assert list((run.path / "tensorboard").glob("events.out.tfevents.*"))
 
 
-def test_metrics_of_a_remote_folder_are_written_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_dir, "is_local", lambda path: False)
+class Bucket(MemoryFileSystem):
+    """An object store: folders are nothing but parts of names."""
+
+    protocol = ("gs", "gcs")
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(str(path).removeprefix("gs:/"))
+
+    def mkdir(self, path, create_parents=True, **kwargs):
+        pass
+
+    def makedirs(self, path, exist_ok=False):
+        pass
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """A gs:// path to a bucket in memory."""
+    for scheme in Bucket.protocol:
+        monkeypatch.setitem(_registry, scheme, Bucket)
+    monkeypatch.setattr(epath.backend.fsspec_backend, "_get_filesystem", lambda name: Bucket())
+    yield "gs://bucket"
+    Bucket.store.clear()
+
+
+def test_metrics_of_a_remote_folder_are_written_whole(bucket):
     clock = [0.0]
-    metrics = run_dir.MetricsWriter(tmp_path / "run", clock=lambda: clock[0])
-    file = tmp_path / "run" / "metrics.jsonl"
+    run = RunDir(f"{bucket}/run")
+    metrics = run_dir.MetricsWriter(run.path, clock=lambda: clock[0])
     metrics.write(1, {"a": 1.0})
-    assert not file.exists()
+    assert run.read_metrics() == []
     clock[0] = 61.0
     metrics.write(2, {"a": 2.0})
-    assert len(file.read_text().splitlines()) == 2
+    assert [line["step"] for line in run.read_metrics()] == [1, 2]
     metrics.write(3, {"a": 3.0})
+    metrics.flush()
+    assert [line["step"] for line in run.read_metrics()] == [1, 2, 3]
+    metrics.write(4, {"a": 4.0})
     metrics.close()
-    assert len(file.read_text().splitlines()) == 3
+    assert [line["step"] for line in run.read_metrics()] == [1, 2, 3, 4]
+    (events,) = (run.path / "tensorboard").iterdir()
+    assert events.read_bytes().count(b"\x0a\x01a") == 4  # the tag of each value
+    with run.metrics(resume_step=2) as metrics:
+        metrics.write(3, {"a": 9.0})
+    assert [line["a"] for line in run.read_metrics()] == [1.0, 2.0, 9.0]
+
+
+def test_an_object_store_without_its_package_says_which_one(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # whether it is installed or not
+    for place in (RunDir, run_dir.path_fingerprint):
+        with pytest.raises(UserError, match=r"gs://bucket/run: .*gcsfs.* pip install 't5style\[gcs\]'"):
+            place("gs://bucket/run")
+
+
+def test_a_workflow_works_in_a_remote_folder(bucket):
+    def flow(text):
+        return workflow.Workflow(
+            {"write": fake_jobs.Write(text), "again": fake_jobs.Write(text, options={"after": "run:write"})}
+        )
+
+    run = RunDir(f"{bucket}/runs/a")
+    for text in ("one", "two", "two"):
+        flow(text)(run)
+    assert (run.path / "write" / "calls.txt").read_text() == "x"
+    assert (run.path / "write.replaced-1" / "out.txt").read_text() == "one"
+    assert [how for _, _, how in workflow.plan(flow("two"), run)] == ["done, will be skipped"] * 2
+    texts = run_dir.expand(f"{bucket}/runs/a/**/out.txt")
+    assert len(texts) == 4
+    assert run_dir.path_fingerprint(f"{bucket}/runs/a/write/*.txt") != run_dir.path_fingerprint(
+        f"{bucket}/runs/a/write.replaced-1/*.txt"
+    )
 
 
 def test_only_process_0_writes(tmp_path):
