@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
 from etils import epath
 
 from t5style import run_dir
 from t5style.corpus import vocabulary as vocabulary_lib
 from t5style.models.config import TransformerConfig
-from t5style.parallel.rules import path_name
 from t5style.train import checkpoint
 
 # Fields that say how a model is computed or drawn, not what its parameters mean.
@@ -26,8 +24,11 @@ _FREE_FIELDS = frozenset(
         "precision",
         "init",
         "init_scale",
+        "context_length",
     }
 )
+# Of a Hugging Face directory; the first that can be told equal needs no library to read tokenizer.json.
+_TOKENIZER_FILES = ("vocabulary.json", "spiece.model", "tokenizer.model", "tokenizer.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,17 +67,13 @@ def load_params(
             "directory."
         )
     if (folder / "config.json").exists():
-        return _from_huggingface(folder, config, abstract_params)
+        return _from_huggingface(folder, config, vocabulary)
     found = checkpoint.find(folder)
     metadata = checkpoint.read_metadata(found)
     _same_model(TransformerConfig.from_json(metadata["model"]), config, str(found))
     expected = metadata.get("vocabulary_fingerprint")
     if expected is not None and expected != vocabulary.fingerprint:
-        raise run_dir.UserError(
-            f"init_from {found} was trained with the vocabulary {expected}, this run's token store has "
-            f"{vocabulary.fingerprint}: the same ids would mean other words. Tokenize with the vocabulary in "
-            f"{found.parent.parent / 'vocabulary'}."
-        )
+        raise _other_vocabulary(found, expected, vocabulary, found.parent.parent / "vocabulary")
     params = checkpoint.restore_params(found, shardings, abstract=abstract_params)
     lineage = {
         "parent": str(found),
@@ -86,24 +83,32 @@ def load_params(
     return Start(params, f"the parameters of {found} (step {metadata.get('step')})", lineage)
 
 
-def _from_huggingface(folder: epath.Path, config: TransformerConfig, abstract_params: Any) -> Start:
+def _from_huggingface(
+    folder: epath.Path, config: TransformerConfig, vocabulary: vocabulary_lib.Vocabulary
+) -> Start:
     from t5style.models import convert  # safetensors is only needed here
 
+    source = f"the Hugging Face model {folder}"
+    files = [folder / name for name in _TOKENIZER_FILES if (folder / name).exists()]
+    # A bare SentencePiece model does not say how many sentinels are on top: as many as in the store.
+    theirs = (vocabulary_lib.load(file, extra_ids=vocabulary.extra_ids) for file in files)
+    if not files:
+        source += " (it has no tokenizer file, so nobody has checked that its ids mean what the store's do)"
+    elif vocabulary not in theirs:
+        other = vocabulary_lib.load(files[0], extra_ids=vocabulary.extra_ids)
+        raise _other_vocabulary(folder, other.fingerprint, vocabulary, files[0])
     saved, params = convert.load_huggingface(str(folder), dtype=config.param_dtype)
     _same_model(saved, config, str(folder))
-    want, have = (_shapes(tree) for tree in (abstract_params, params))
-    for name in [*want, *have]:
-        if want.get(name) != have.get(name):
-            raise run_dir.UserError(
-                f"init_from {folder} is of another architecture: at {name} it has "
-                f"{have.get(name, 'nothing')}, this "
-                f"model {want.get(name, 'nothing')}. Give the model the settings of {folder / 'config.json'}."
-            )
-    return Start(params, f"the Hugging Face model {folder}", {"parent": str(folder)})
+    return Start(params, source, {"parent": str(folder)})
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    return {path_name(keys): tuple(x.shape) for keys, x in jax.tree_util.tree_leaves_with_path(tree)}
+def _other_vocabulary(
+    found: epath.Path, theirs: str, ours: vocabulary_lib.Vocabulary, where: epath.Path
+) -> run_dir.UserError:
+    return run_dir.UserError(
+        f"init_from {found} was trained with the vocabulary {theirs}, this run's token store has "
+        f"{ours.fingerprint}: the same ids would mean other words. Tokenize with the vocabulary in {where}."
+    )
 
 
 def _same_model(saved: TransformerConfig, ours: TransformerConfig, where: str) -> None:

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 import t5style
+from t5style.corpus.vocabulary import CharacterVocabulary
 from t5style.data.task import Task
 from t5style.parallel.mesh import MeshConfig
 from t5style.run_dir import RunDir, UserError
+from t5style.train import initialize
 from t5style.train.pretrain import Pretrain
 from t5style.tune.supervised import Finetune
 from tests.evaluate import tiny_task
@@ -55,11 +57,27 @@ def test_checkpoint_folders_and_huggingface_directories_are_parents_too(parent, 
     before.save(tmp_path / "hf")
     for place in (tmp_path / "hf", f"{run}/checkpoints/5"):
         name = f"from-{'hf' if 'hf' in str(place) else 'checkpoint'}"
-        finetune(store, str(place), steps=1, peak=1e-30)(RunDir(tmp_path / name).create())
+        model = tiny_task.model().replace(context_length=64)  # what it is meant for, not what it computes
+        finetune(store, str(place), steps=1, peak=1e-30, model=model)(RunDir(tmp_path / name).create())
         after = t5style.load(tmp_path / name)
         assert after.generate(["hot"], 4) == before.generate(["hot"], 4)
         np.testing.assert_array_equal(after.params["embedding"], before.params["embedding"])
     assert t5style.load(f"{run}/checkpoints/5").generate(["hot"], 4) == before.generate(["hot"], 4)
+
+
+def test_the_vocabulary_of_a_huggingface_directory_is_the_stores(parent, tmp_path):
+    hf = tmp_path / "hf"
+    t5style.load(parent[1]).save(hf)
+
+    def start():
+        return initialize.load_params(str(hf), tiny_task.model(), None, None, tiny_task.VOCABULARY)
+
+    assert start().source == f"the Hugging Face model {hf}"
+    CharacterVocabulary("zyx", extra_ids=4).save(hf)
+    with pytest.raises(UserError, match=r"trained with the vocabulary .* Tokenize with .*vocabulary\.json"):
+        start()
+    (hf / "vocabulary.json").unlink()
+    assert "has no tokenizer file" in start().source
 
 
 def test_refuses_to_start_from_nothing(parent, tmp_path):
