@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import optax
 
+from t5style.parallel.rules import is_axes
 from t5style.train.schedules import Schedule
 
 NAMES = ("adamw", "adafactor")
@@ -104,7 +105,7 @@ def decay_mask(axes: Any) -> Any:
         last = jax.tree_util.keystr(path[-1:], simple=True)
         return len(own) >= 2 and "relpos_buckets" not in own and last not in ("bias", "scale")
 
-    return jax.tree_util.tree_map_with_path(decays, axes, is_leaf=_is_axes)
+    return jax.tree_util.tree_map_with_path(decays, axes, is_leaf=is_axes)
 
 
 def on_matrices(inner: optax.GradientTransformation, axes: Any) -> optax.GradientTransformation:
@@ -137,7 +138,7 @@ def on_matrices(inner: optax.GradientTransformation, axes: Any) -> optax.Gradien
 
     def init(params: Any) -> Any:
         return jax.tree.map(
-            lambda names, p: mapped(names, inner.init)(reshape(p, names)), axes, params, is_leaf=_is_axes
+            lambda names, p: mapped(names, inner.init)(reshape(p, names)), axes, params, is_leaf=is_axes
         )
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
@@ -145,13 +146,9 @@ def on_matrices(inner: optax.GradientTransformation, axes: Any) -> optax.Gradien
             new, new_state = mapped(names, inner.update)(reshape(u, names), s, reshape(p, names))
             return new.reshape(u.shape), new_state
 
-        pairs = jax.tree.map(one, axes, updates, state, params, is_leaf=_is_axes)
-        treedef: Any = jax.tree.structure(axes, is_leaf=_is_axes)
+        pairs = jax.tree.map(one, axes, updates, state, params, is_leaf=is_axes)
+        treedef: Any = jax.tree.structure(axes, is_leaf=is_axes)
         flat = treedef.flatten_up_to(pairs)
         return treedef.unflatten([u for u, _ in flat]), treedef.unflatten([s for _, s in flat])
 
     return optax.GradientTransformation(init, update)
-
-
-def _is_axes(x: Any) -> bool:
-    return isinstance(x, tuple) and all(name is None or isinstance(name, str) for name in x)

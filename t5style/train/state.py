@@ -34,7 +34,7 @@ class TrainState:
 
 
 # Tracing a model takes a second; the same question is asked several times on the way to the first step.
-_logical_axes = functools.lru_cache(maxsize=8)(model_params.logical_axes)
+logical_axes = functools.lru_cache(maxsize=8)(model_params.logical_axes)
 
 
 @functools.lru_cache(maxsize=8)
@@ -54,7 +54,7 @@ def state_shardings(
     Raises:
       ValueError: a parameter's dimension does not divide by its mesh axes.
     """
-    params = rules_lib.param_shardings(_logical_axes(config), abstract.params, mesh, rules)
+    params = rules_lib.param_shardings(logical_axes(config), abstract.params, mesh, rules)
     whole = mesh_lib.replicated(mesh)
     shapes = {keys: leaf.shape for keys, leaf in jax.tree_util.tree_flatten_with_path(abstract.params)[0]}
     where = dict(jax.tree_util.tree_flatten_with_path(params)[0])
@@ -127,11 +127,6 @@ def _place(value: Any, like: Any, sharding: Any) -> jax.Array:
 def _fresh(config: TransformerConfig, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
     params = model_params.init_params(config, key)
     return TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
-
-
-def logical_axes(config: TransformerConfig) -> Any:
-    """The parameters' logical axes (`models.params.logical_axes`), kept."""
-    return _logical_axes(config)
 
 
 def bytes_per_device(abstract: Any, shardings: Any) -> int:
