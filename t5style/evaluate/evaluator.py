@@ -141,7 +141,7 @@ class Evaluate:
         for name, system in systems.items() if scored else ():
             self._check_room(system, examples, name, task)
         likelihoods = {
-            name: likelihood(system, examples, f"{task.name}: likelihood of {name}")
+            name: likelihood(system, examples, f"{task.name}: likelihood of {name}", self.batch_size)
             for name, system in systems.items()
         }
         texts: dict[str, list[str]] = {}
@@ -209,10 +209,10 @@ class Evaluate:
         for i, example in enumerate(examples):
             if self._room(model, example) < 1:
                 raise UserError(
-                    f"task {task.name!r}: the prompt of example {i} has {len(example.prompt)} tokens, and {name} "
-                    f"was made for {model.config.context_length}: no room is left for an answer. Lower "
-                    f"lengths['decoder'], which is {self.lengths['decoder']}, and let the objective drop what "
-                    "is longer (on_overlong = 'drop')"
+                    f"task {task.name!r}: the prompt of example {i} has {len(example.prompt)} tokens, the "
+                    f"context of {name} {model.config.context_length}: no room is left for an answer. Lower "
+                    f"lengths['decoder'], which is {self.lengths['decoder']}, and let the objective drop "
+                    "what is longer (on_overlong = 'drop')"
                 )
 
     def _answers(self, model: Model, examples: Sequence[Example], description: str) -> list[str]:
@@ -380,9 +380,7 @@ class Likelihood:
         return values | {"token_accuracy": metrics_lib.ratio_estimate(self.correct, tokens)}
 
 
-def likelihood(
-    model: Model, examples: Sequence[Example], description: str, batch_size: int = 16
-) -> Likelihood:
+def likelihood(model: Model, examples: Sequence[Example], description: str, batch_size: int) -> Likelihood:
     """Scores every example's target tokens, examples of similar length together."""
     nats, correct = np.zeros(len(examples)), np.zeros(len(examples))
     order = sorted(range(len(examples)), key=lambda i: [len(array) for array in examples[i].row.values()])

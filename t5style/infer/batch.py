@@ -57,6 +57,12 @@ def put(arrays: dict[str, np.ndarray], mesh: Mesh | None) -> dict[str, Any]:
     return dict(arrays) if mesh is None else dict(rules_lib.put_batch(arrays, mesh))
 
 
+def check_batch_size(batch_size: int) -> None:
+    """Raises ValueError unless it is a number of rows to work on at a time."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}: give at least 1")
+
+
 def check_tokens(
     name: str, tokens: Any, mask: Any, vocab_size: int, pad_id: int
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -13,6 +13,7 @@ from etils import epath
 from t5style import console
 from t5style.infer import model as model_lib
 from t5style.infer import sampling
+from t5style.infer.batch import check_batch_size
 from t5style.parallel.mesh import MeshConfig
 from t5style.run_dir import RunDir, UserError, atomic_write
 
@@ -60,8 +61,7 @@ class Generate:
             raise ValueError(f"prompts is the single string {self.prompts!r}: give a list of strings")
         if (self.prompts_file is None) == (not self.prompts):
             raise ValueError("give either prompts_file (JSON lines) or prompts (a list of strings), not both")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}: give at least 1")
+        check_batch_size(self.batch_size)
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}: give at least 1")
         sampling.Sampling.of(1, self.temperature, self.top_k, self.top_p)
@@ -116,6 +116,7 @@ class Generate:
                     top_k=self.top_k,
                     top_p=self.top_p,
                     seed=seeds,
+                    batch_size=self.batch_size,
                 )
                 fresh = [
                     {

@@ -16,7 +16,16 @@ from jax.sharding import Mesh
 
 from t5style.corpus.vocabulary import Vocabulary
 from t5style.infer import decoding, programs, storage
-from t5style.infer.batch import batch_bucket, bucket, check_texts, check_tokens, on_mesh, pad_rows, put
+from t5style.infer.batch import (
+    batch_bucket,
+    bucket,
+    check_batch_size,
+    check_texts,
+    check_tokens,
+    on_mesh,
+    pad_rows,
+    put,
+)
 from t5style.infer.ids import TokenIds, token_ids
 from t5style.infer.sampling import Sampling
 from t5style.models.config import TransformerConfig
@@ -217,8 +226,7 @@ class Model:
         Prompts of similar length are decoded together, `batch_size` at a time; settings as for
         generate_tokens.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}: give at least 1")
+        check_batch_size(batch_size)
         settings = Sampling.of(len(prompts), temperature, top_k, top_p, seed)
         sizes = [bucket(len(prompt)) for prompt in prompts]
         order = sorted(range(len(prompts)), key=sizes.__getitem__)
@@ -259,6 +267,7 @@ class Model:
           eos: whether the end-of-sequence token counts as a target; None: for an encoder-decoder it does, as
             in T5's targets; for a decoder-only model it does not, since a continuation need not end there.
         """
+        check_batch_size(batch_size)
         vocabulary = self._vocabulary()
         sources, wanted = (
             check_texts("inputs", inputs, empty=True),
@@ -301,6 +310,7 @@ class Model:
         """
         if not self.encoder_decoder:
             raise ValueError("this model is decoder-only and has no encoder: embed needs an encoder-decoder")
+        check_batch_size(batch_size)
         if len(inputs) and isinstance(inputs[0], str):
             if mask is not None:
                 raise ValueError("embed takes a mask with token arrays only, not with texts")

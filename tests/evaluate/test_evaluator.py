@@ -159,7 +159,7 @@ def test_answers_end_with_the_context_of_a_decoder_only_model(tiny, tmp_path):
     for row in samples:
         assert row["model"] == m.generate([row["inputs"]], 16 - 1 - len(row["inputs"]))[0]
     Model(config.replace(context_length=5), params, tiny_task.VOCABULARY).save(tmp_path / "model")
-    with pytest.raises(UserError, match=r"has \d+ tokens, and model was made for 5: no room is left"):
+    with pytest.raises(UserError, match=r"has \d+ tokens, the context of model 5: no room is left"):
         job(RunDir(tmp_path / "no").create())
 
 
@@ -202,11 +202,18 @@ def test_bytes_of_target_text():
     assert count_bytes("\ufffd") == 1
 
 
-def test_limits_and_refusals(tiny, tmp_path):
+def test_limits_and_refusals(tiny, tmp_path, monkeypatch):
     task = tiny_task.task(tiny.store)
     job = Evaluate(tiny.after, [task], tiny_task.LENGTHS, max_examples=5, batch_size=4, baselines=())
+    sizes, scores = [], Model.token_scores
+    monkeypatch.setattr(
+        Model,
+        "token_scores",
+        lambda m, batch: sizes.append(len(batch["decoder_input_tokens"])) or scores(m, batch),
+    )
     figures = job(RunDir(tmp_path / "few").create())
     assert figures["opposites/examples"] == 5
+    assert sizes == [4, 4]
     for fields, message in (
         ({"tasks": []}, "tasks is empty"),
         ({"tasks": [task, task]}, "two of one name"),
@@ -218,7 +225,7 @@ def test_limits_and_refusals(tiny, tmp_path):
     other = tmp_path / "other"
     with TokenStoreWriter(str(other), ("inputs", "targets"), ByteVocabulary(0)) as writer:
         for split in ("train", "validation"):
-            writer.add(split, {"inputs": [5, 1], "targets": [6, 1]}, {"inputs": 1, "targets": 1})
+            writer.add(split, {"inputs": [5, 1], "targets": [6, 1]})
     with pytest.raises(UserError, match="but task 'opposites' was tokenized with"):
         Evaluate(tiny.after, [tiny_task.task(str(other))], tiny_task.LENGTHS)(
             RunDir(tmp_path / "no").create()

@@ -48,17 +48,17 @@ def test_writes_an_answer_for_each_prompt_and_resumes(saved, tmp_path, monkeypat
     content = (tmp_path / "whole" / "generations.jsonl").read_text()
     first = content.index("\n") + 1
     (cut / "generations.partial.jsonl").write_text(content[: first + 9])
-    asked = []
+    asked, sizes = [], set()
     original = t5style.infer.model.Model.complete
-    monkeypatch.setattr(
-        t5style.infer.model.Model,
-        "complete",
-        lambda self, prompts, *args, **kwargs: (
-            asked.extend(prompts) or original(self, prompts, *args, **kwargs)
-        ),
-    )
+
+    def complete(self, prompts, *args, **kwargs):
+        asked.extend(prompts)
+        sizes.add(kwargs["batch_size"])
+        return original(self, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(t5style.infer.model.Model, "complete", complete)
     job(RunDir(cut))
-    assert asked == texts[1:]
+    assert (asked, sizes) == (texts[1:], {3})
     assert (cut / "generations.jsonl").read_text() == content
     assert not (cut / "generations.partial.jsonl").exists()
     job(RunDir(cut))  # done: nothing is asked again

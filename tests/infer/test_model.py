@@ -229,6 +229,11 @@ def test_bad_texts_are_named(model):
         model.generate([1])
     with pytest.raises(ValueError, match="batch_size is 0"):
         model.generate(["a"], batch_size=0)
+    with pytest.raises(ValueError, match="batch_size is -1"):
+        model.score(["a"], ["b"], batch_size=-1)
+    if model.encoder_decoder:
+        with pytest.raises(ValueError, match="batch_size is -1"):
+            model.embed(["a"], batch_size=-1)
     with pytest.raises(ValueError, match="2 inputs but 1 targets"):
         model.score(["a", "b"], ["c"])
     with pytest.raises(ValueError, match="has no tokenizer"):
