@@ -17,11 +17,10 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """An example as text, and the ids of its scored target tokens."""
+    """An example as text."""
 
     inputs: str
     target: str
-    target_tokens: np.ndarray
 
 
 @runtime_checkable
@@ -36,12 +35,12 @@ class TextBaseline(Protocol):
 
 @runtime_checkable
 class LikelihoodBaseline(Protocol):
-    """Gives every token id a probability."""
+    """Gives every token id a probability, from the scored target tokens of training examples."""
 
     @property
     def name(self) -> str: ...
 
-    def log_probabilities(self, train: Sequence[Pair], vocab_size: int) -> np.ndarray: ...
+    def log_probabilities(self, train: Sequence[np.ndarray], vocab_size: int) -> np.ndarray: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,9 +110,7 @@ class UnigramTokens:
 
     name: str = "unigram_tokens"
 
-    def log_probabilities(self, train: Sequence[Pair], vocab_size: int) -> np.ndarray:
+    def log_probabilities(self, train: Sequence[np.ndarray], vocab_size: int) -> np.ndarray:
         """Natural logarithms, float64 [vocab_size]."""
-        counts = np.ones(vocab_size)
-        for pair in train:
-            np.add.at(counts, pair.target_tokens, 1)
+        counts = 1.0 + np.bincount(np.concatenate(train), minlength=vocab_size)
         return np.log(counts / counts.sum())

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -55,7 +56,7 @@ class Evaluate:
         with the positions it was made for.
       baselines: what the model is compared with, computed from the task's training split.
       train_split: its name.
-      train_examples: so many training examples for the baselines, drawn likewise; None: all.
+      train_examples: so many training examples for the baselines, drawn likewise; None: all, in memory.
       reference_model: a second model, such as the one before tuning, on the same examples.
       dtype: compute and parameter type of the models; None: as trained.
       mesh: how to spread a model over this machine's devices; None: one device.
@@ -71,7 +72,7 @@ class Evaluate:
     max_new_tokens: int | None = None
     baselines: Sequence[Baseline] = (MajorityTarget(), UnigramTokens())
     train_split: str = "train"
-    train_examples: int | None = None
+    train_examples: int | None = 20_000
     reference_model: str | None = None
     dtype: str | None = None
     mesh: MeshConfig | None = None
@@ -136,7 +137,7 @@ class Evaluate:
         source = self._source(task, self.split, model, shuffle=self.max_examples is not None)
         for name, system in systems.items():
             check_model(system, model, source.vocabulary, f"{name} {system.path}", task)
-        examples = read_examples(source, self.max_examples)
+        examples = list(read_examples(source, self.max_examples))
         scored = bool(task.metrics) and isinstance(task.objective, Supervised)
         for name, system in systems.items() if scored else ():
             self._check_room(system, examples, name, task)
@@ -153,14 +154,18 @@ class Evaluate:
             train_source = self._source(
                 task, self.train_split, model, shuffle=self.train_examples is not None
             )
-            train = [example.pair for example in read_examples(train_source, self.train_examples)]
+            targets, pairs = [], []
+            for example in read_examples(train_source, self.train_examples):
+                targets.append(example.targets)
+                if scored:  # a stream's text is not needed, and would take longer than all else to decode
+                    pairs.append(example.pair)
             for baseline in wanted:
                 if isinstance(baseline, LikelihoodBaseline):
-                    table = baseline.log_probabilities(train, source.vocabulary.vocab_size)
+                    table = baseline.log_probabilities(targets, source.vocabulary.vocab_size)
                     likelihoods[baseline.name] = table_likelihood(table, examples)
                 else:
                     texts[baseline.name] = baseline.predict(
-                        train, [example.pair.inputs for example in examples]
+                        pairs, [example.pair.inputs for example in examples]
                     )
         statistics = source.statistics[task.name]
         report: dict[str, Any] = {
@@ -275,18 +280,26 @@ class Example:
       row: its arrays, int32 [length], under the pipeline's names.
       prompt: what an answer is generated from, int32 [length].
       targets: the scored target tokens, int32 [n].
-      pair: both as text.
-      num_bytes: UTF-8 bytes of the target text; sentinels have none.
+      vocabulary: theirs.
     """
 
     row: dict[str, np.ndarray]
     prompt: np.ndarray
     targets: np.ndarray
-    pair: Pair
-    num_bytes: int
+    vocabulary: Vocabulary
+
+    @functools.cached_property
+    def pair(self) -> Pair:
+        """Prompt and targets as text."""
+        return Pair(self.vocabulary.decode(self.prompt), self.vocabulary.decode(self.targets))
+
+    @property
+    def num_bytes(self) -> int:
+        """UTF-8 bytes of the target text; sentinels have none."""
+        return count_bytes(self.pair.target)
 
 
-def read_examples(source: BatchSource, limit: int | None = None) -> list[Example]:
+def read_examples(source: BatchSource, limit: int | None = None) -> Iterator[Example]:
     """The examples of an unpacked source, each once, in its order of evaluation; rows that only fill a batch
     are left out.
 
@@ -300,16 +313,16 @@ def read_examples(source: BatchSource, limit: int | None = None) -> list[Example
     batches = source.evaluation_batches
     if limit is not None:
         batches = min(batches, -(-limit // source.batch_size))
-    examples: list[Example] = []
+    found = 0
     with contextlib.closing(source.evaluation_iter(max_batches=batches)) as iterator:
         for batch in iterator:
             for i in np.flatnonzero(batch["decoder_loss_weights"].any(axis=1)):
-                examples.append(
-                    _example({name: array[i] for name, array in batch.items()}, source.vocabulary)
-                )
-    if not examples:
+                if found == limit:
+                    return
+                found += 1
+                yield _example({name: array[i] for name, array in batch.items()}, source.vocabulary)
+    if not found:
         raise UserError(f"task {source.task.name!r} has no scored token in split {source.split!r}")
-    return examples[:limit]
 
 
 def _example(row: dict[str, np.ndarray], vocabulary: Vocabulary) -> Example:
@@ -326,10 +339,7 @@ def _example(row: dict[str, np.ndarray], vocabulary: Vocabulary) -> Example:
         prompt = row["encoder_input_tokens"]
     else:
         prompt = row["decoder_input_tokens"][: int(weights.argmax()) + 1]
-    answer = vocabulary.decode(targets)
-    return Example(
-        row, prompt, targets, Pair(vocabulary.decode(prompt), answer, targets), count_bytes(answer)
-    )
+    return Example(row, prompt, targets, vocabulary)
 
 
 def count_bytes(text: str) -> int:
