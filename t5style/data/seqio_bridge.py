@@ -57,6 +57,9 @@ class Materialize:
 
     distributed: ClassVar[bool] = False
 
+    def inputs(self) -> Sequence[str]:
+        return [] if self.vocabulary is None else [self.vocabulary]
+
     def __call__(self, run: RunDir) -> dict[str, Any]:
         if self.module is not None:
             try:
@@ -152,9 +155,7 @@ def _materialize_task(
             )
             with console.progress(f"{task.name} {split}", None, unit="examples") as bar:
                 for example in dataset.as_numpy_iterator():
-                    tokens = {name: np.asarray(example[name]) for name in features}
-                    num_bytes = {name: len(vocabulary.decode(ids).encode()) for name, ids in tokens.items()}
-                    writer.add(split, tokens, num_bytes)
+                    writer.add(split, {name: np.asarray(example[name]) for name in features})
                     bar.advance()
     return {
         split: {"examples": counts["examples"]} | {f: c["tokens"] for f, c in counts["features"].items()}

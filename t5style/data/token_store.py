@@ -197,10 +197,6 @@ class TokenStore:
     def num_tokens(self, split: str, feature: str) -> int:
         return int(self._counts(split, feature)["tokens"])
 
-    def num_bytes(self, split: str, feature: str) -> int:
-        """Bytes of UTF-8 text behind the feature's tokens: the denominator of bits per byte."""
-        return int(self._counts(split, feature)["bytes"])
-
     def _array(self, name: str) -> ts.TensorStore:
         if name not in self._arrays:
             spec: dict[str, Any] = {"driver": "zarr3", "kvstore": _array_kvstore(self.folder, name)}
@@ -277,15 +273,14 @@ class _FeatureWriter:
     def __init__(self, folder: str, name: str, dtype: str) -> None:
         self.folder, self.name, self.dtype = folder, name, dtype
         self.tokens: ts.TensorStore | None = None
-        self.written = self.buffered = self.bytes = 0
+        self.written = self.buffered = 0
         self.pieces: list[np.ndarray] = []
         self.ends = array.array("q")  # 8 bytes for each example, where a list of ints takes 36
 
-    def add(self, tokens: np.ndarray, lengths: np.ndarray, num_bytes: int) -> None:
+    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
         self.pieces.append(tokens.astype(self.dtype))
         self.ends.frombytes((self.written + self.buffered + np.cumsum(lengths, dtype=np.int64)).tobytes())
         self.buffered += len(tokens)
-        self.bytes += num_bytes
         if self.buffered >= SHARD_TOKENS:
             self._flush(whole_shards=True)
 
@@ -310,7 +305,7 @@ class _FeatureWriter:
         offsets = np.concatenate([np.zeros(1, np.int64), np.frombuffer(self.ends, np.int64)])
         spec = _array_spec(self.folder, f"{self.name}/offsets", "int64", len(offsets))
         ts.open(spec, create=True, delete_existing=True).result().write(offsets).result()
-        return {"tokens": self.written, "bytes": self.bytes}
+        return {"tokens": self.written}
 
 
 class TokenStoreWriter:
@@ -354,25 +349,16 @@ class TokenStoreWriter:
             }
             self._examples[split] = 0
 
-    def add(
-        self,
-        split: str,
-        tokens: Mapping[str, np.ndarray | Sequence[int]],
-        num_bytes: Mapping[str, int] | None = None,
-    ) -> None:
-        """Adds one example: for each feature its token ids [length] and the bytes of text they stand for."""
+    def add(self, split: str, tokens: Mapping[str, np.ndarray | Sequence[int]]) -> None:
+        """Adds one example: for each feature its token ids [length]."""
         ids = {feature: np.asarray(tokens[feature], np.int64) for feature in self.features}
-        self.add_many(split, ids, {f: np.array([len(values)]) for f, values in ids.items()}, num_bytes)
+        self.add_many(split, ids, {f: np.array([len(values)]) for f, values in ids.items()})
 
     def add_many(
-        self,
-        split: str,
-        tokens: Mapping[str, np.ndarray],
-        lengths: Mapping[str, np.ndarray],
-        num_bytes: Mapping[str, int] | None = None,
+        self, split: str, tokens: Mapping[str, np.ndarray], lengths: Mapping[str, np.ndarray]
     ) -> None:
-        """Adds examples: for each feature all their token ids, one example after the other, the examples'
-        lengths (int [examples]), and the bytes of text of all of them together.
+        """Adds examples: for each feature all their token ids, one example after the other, and the examples'
+        lengths (int [examples]).
 
         Raises ValueError for ids that the vocabulary does not have.
         """
@@ -396,7 +382,7 @@ class TokenStoreWriter:
                     f"{lengths[feature].sum()} tokens in all were given with {len(ids)} tokens of {count} "
                     f"examples."
                 )
-            self._writers[split][feature].add(ids, lengths[feature], (num_bytes or {}).get(feature, 0))
+            self._writers[split][feature].add(ids, lengths[feature])
         self._examples[split] += count
 
     def close(self) -> None:

@@ -101,7 +101,6 @@ class Tokenize:
         for split, counts in figures.items():
             stored = manifest["splits"][split]["features"]
             counts |= {f"{feature}_tokens": stored[feature]["tokens"] for feature in self.features}
-            counts |= {f"{feature}_bytes": stored[feature]["bytes"] for feature in self.features}
         if not any(counts["examples"] for counts in figures.values()):
             (epath.Path(run.path) / MANIFEST).unlink(missing_ok=True)
             raise UserError(
@@ -154,17 +153,20 @@ class Tokenize:
     ) -> dict[str, Any]:
         documents = examples = 0
         skipped: collections.Counter[str] = collections.Counter()
+        num_bytes = dict.fromkeys(self.features, 0)
         wanted = None if self.sources is None else set(self.sources)
         chunks = _chunks(read_documents(folder))
         with console.progress(f"tokenize {split}", None, unit="docs") as bar:
             for encoded in self._encoded(folder, chunks, wanted):
-                writer.add_many(split, encoded.tokens, encoded.lengths, encoded.num_bytes)
+                writer.add_many(split, encoded.tokens, encoded.lengths)
                 documents += encoded.documents
                 examples += encoded.sources.total()
                 skipped += encoded.skipped
+                num_bytes = {feature: n + encoded.num_bytes[feature] for feature, n in num_bytes.items()}
                 sources += encoded.sources
                 bar.advance(encoded.documents)
-        return {"documents": documents, "examples": examples, "skipped": dict(skipped)}
+        figures = {"documents": documents, "examples": examples, "skipped": dict(skipped)}
+        return figures | {f"{feature}_bytes": n for feature, n in num_bytes.items()}
 
     def _encoded(
         self, folder: epath.Path, chunks: Iterator[list[Document]], wanted: set[str] | None
@@ -200,7 +202,7 @@ class Tokenize:
 @dataclasses.dataclass(frozen=True)
 class _Encoded:
     """A chunk's examples: for each feature its tokens, flat int32, the examples' lengths, and the bytes of
-    text; and how many examples each source gave, and documents each reason cost.
+    the text that they say; and how many examples each source gave, and documents each reason cost.
     """
 
     tokens: dict[str, np.ndarray]
@@ -267,13 +269,15 @@ def _encode_chunk(
         features, zip(*columns, strict=True) if columns else [()] * len(features), strict=True
     ):
         limit = max_tokens.get(feature)
-        encoded = loaded.encode_batch(texts)
-        if limit is not None:
-            encoded = [ids[: limit - len(end)] for ids in encoded]
+        whole = loaded.encode_batch(texts)
+        encoded = whole if limit is None else [ids[: limit - len(end)] for ids in whole]
         pieces = [part for ids in encoded for part in (ids, end)]
         tokens[feature] = np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
         lengths[feature] = np.array([len(ids) + len(end) for ids in encoded], np.int64)
-        num_bytes[feature] = sum(len(text.encode("utf-8", "replace")) for text in texts)
+        num_bytes[feature] = sum(
+            len((text if len(kept) == len(ids) else loaded.decode(kept)).encode("utf-8", "replace"))
+            for text, ids, kept in zip(texts, whole, encoded, strict=True)
+        )
     return _Encoded(tokens, lengths, num_bytes, kept, skipped, len(documents))
 
 

@@ -34,8 +34,7 @@ def make_store(tmp_path: pathlib.Path) -> MakeStore:
                         f: [*vocabulary.encode(v), vocabulary.eos_id]
                         for f, v in zip(columns, values, strict=True)
                     }
-                    num_bytes = {f: len(v.encode()) for f, v in zip(columns, values, strict=True)}
-                    writer.add(split, tokens, num_bytes)
+                    writer.add(split, tokens)
         return str(folder)
 
     return make

@@ -108,6 +108,11 @@ def test_a_real_seqio_task_becomes_a_store(tmp_path: pathlib.Path, sentencepiece
     assert source.batch_at(0)["decoder_loss_weights"].sum() > 0
 
 
+def test_the_vocabulary_given_is_an_input() -> None:
+    assert seqio_bridge.Materialize("lines").inputs() == []
+    assert seqio_bridge.Materialize("lines", vocabulary="run:vocabulary").inputs() == ["run:vocabulary"]
+
+
 def test_a_seqio_mixture_keeps_its_rates(tmp_path: pathlib.Path) -> None:
     vocabulary = seqio.ByteVocabulary(extra_ids=30)
     add_text_task("few", tmp_path, vocabulary, LINES[:20])
@@ -175,7 +180,11 @@ def test_exported_examples_are_the_stores(pair_store: str, text_store: str) -> N
     assert [mixture.get_rate(task) for task in mixture.tasks] == pytest.approx([200 / 260, 60 / 260])
     lengths = {"inputs": 96, "targets": 48}
     source = BatchSource(
-        Task("s", text_store, SpanCorruption()), "validation", 1, {"encoder": 96, "decoder": 48}
+        Task("s", text_store, SpanCorruption()),
+        "validation",
+        1,
+        {"encoder": 96, "decoder": 48},
+        shuffle=False,
     )
     corrupted = list(
         seqio.get_mixture_or_task("s").get_dataset(lengths, "validation", shuffle=False).as_numpy_iterator()

@@ -33,11 +33,7 @@ def make_store(folder: str, validation: int = 21) -> str:
         for split, count in (("train", 200), ("validation", validation)):
             for source, target in examples(split, count):
                 texts = {"inputs": source, "targets": target, "text": f"{source} {target}"}
-                writer.add(
-                    split,
-                    {name: [*VOCABULARY.encode(text), 1] for name, text in texts.items()},
-                    {name: len(text.encode()) for name, text in texts.items()},
-                )
+                writer.add(split, {name: [*VOCABULARY.encode(text), 1] for name, text in texts.items()})
     return folder
 
 

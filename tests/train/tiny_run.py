@@ -37,7 +37,7 @@ def make_store(folder: str, examples: int = 60, length: int = 80, extra_ids: int
         for split, count in (("train", examples), ("validation", 8)):
             for _ in range(count):
                 text = " ".join(generator.choice(words, length // 4))[:length]
-                writer.add(split, {"text": [*vocabulary.encode(text), 1]}, {"text": len(text)})
+                writer.add(split, {"text": [*vocabulary.encode(text), 1]})
     return folder
 
 
@@ -49,7 +49,10 @@ def job(
     model: dict[str, Any] | None = None,
     **fields: Any,
 ) -> Pretrain:
-    """A job that compiles in seconds and steps in milliseconds; `fields` replace Pretrain's."""
+    """A job that compiles in seconds and steps in milliseconds; `fields` replace Pretrain's.
+
+    The schedule has a length of its own, so that runs of any length are one compiled program.
+    """
     config = TransformerConfig(
         **(
             {
@@ -71,7 +74,9 @@ def job(
         "lengths": {"decoder": 32} if decoder_only else {"encoder": 32, "decoder": 16},
         "steps": 20,
         "batch_size": 8,
-        "optimizer": Optimizer(learning_rate=Schedule("cosine", peak, warmup_steps=2), weight_decay=0.1),
+        "optimizer": Optimizer(
+            learning_rate=Schedule("cosine", peak, warmup_steps=2, steps=24), weight_decay=0.1
+        ),
         "checkpoint_every": 4,
         "eval_every": 10,
         "log_every": 3,
