@@ -13,10 +13,12 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+import urllib.parse
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+from etils import epath
 
 from t5style import console
 from t5style.corpus.vocabulary import Vocabulary
@@ -34,6 +36,7 @@ from t5style.parallel.mesh import MeshConfig
 from t5style.run_dir import RunDir, UserError, atomic_write
 
 Baseline = TextBaseline | LikelihoodBaseline
+PARTS = "parts"
 _SENTINEL = re.compile(r"<extra_id_\d+>")
 
 
@@ -42,7 +45,8 @@ class Evaluate:
     """Evaluates `model` on held-out examples of tasks.
 
     Writes results.json (described in `results`), results.md, and samples.jsonl with one line for each
-    example.
+    example. Until then, what a model has finished of a task is kept under parts/, and a job that was stopped
+    goes on behind it.
 
     Attributes:
       model: run folder, checkpoint folder inside it, or Hugging Face directory.
@@ -109,7 +113,8 @@ class Evaluate:
         reports: dict[str, Any] = {}
         samples: list[str] = []
         for task in self.tasks:
-            reports[task.name], rows = self._evaluate(task, systems)
+            parts = run.path / PARTS / urllib.parse.quote(task.name, safe="")
+            reports[task.name], rows = self._evaluate(task, systems, parts)
             samples += [json.dumps({"task": task.name, **row}, ensure_ascii=False) + "\n" for row in rows]
         document = {
             "format": results.FORMAT,
@@ -121,6 +126,7 @@ class Evaluate:
         atomic_write(run.path / "samples.jsonl", "".join(samples))
         atomic_write(run.path / "results.md", results.markdown(document))
         atomic_write(run.path / "results.json", json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+        (run.path / PARTS).rmtree()
         results.show(document)
         console.say(f"Results: {run.path / 'results.json'} (table: results.md; answers: samples.jsonl)")
         return results.figures(document)
@@ -131,7 +137,9 @@ class Evaluate:
 
     # ----------------------------------------------------------------------------------------------- one task
 
-    def _evaluate(self, task: Task, systems: dict[str, Model]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def _evaluate(
+        self, task: Task, systems: dict[str, Model], parts: epath.Path
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The task's report, and its samples."""
         model = systems["model"]
         source = self._source(task, self.split, model, shuffle=self.max_examples is not None)
@@ -141,14 +149,17 @@ class Evaluate:
         scored = bool(task.metrics) and isinstance(task.objective, Supervised)
         for name, system in systems.items() if scored else ():
             self._check_room(system, examples, name, task)
-        likelihoods = {
-            name: likelihood(system, examples, f"{task.name}: likelihood of {name}", self.batch_size)
-            for name, system in systems.items()
-        }
+        likelihoods: dict[str, Likelihood] = {}
         texts: dict[str, list[str]] = {}
-        if scored:
-            for name, system in systems.items():
-                texts[name] = self._answers(system, examples, f"{task.name}: answers of {name}")
+        for name, system in systems.items():
+            said = f"{task.name}: likelihood of {name}"
+            kept = _kept(
+                parts / f"likelihood-{name}.json", likelihood, system, examples, said, self.batch_size
+            )
+            likelihoods[name] = Likelihood(**{key: np.asarray(values) for key, values in kept.items()})
+            if scored:
+                said = f"{task.name}: answers of {name}"
+                texts[name] = _kept(parts / f"answers-{name}.json", self._answers, system, examples, said)
         wanted = [b for b in self.baselines if scored or isinstance(b, LikelihoodBaseline)]
         if wanted:
             train_source = self._source(
@@ -267,6 +278,19 @@ class Evaluate:
                         metric, targets, answers["model"], rows, self.seed
                     )
                     report["margins"][name] |= {k: v.to_json() for k, v in margins.items()}
+
+
+def _kept(file: epath.Path, make: Callable[..., Any], *arguments: Any) -> Any:
+    """What `make(*arguments)` returned, arrays as lists; from the file if it was made before. The workflow
+    sees to it that the folder holds work of the same settings and inputs only.
+    """
+    if not file.exists():
+        value = make(*arguments)
+        if isinstance(value, Likelihood):
+            value = {"nats": value.nats.tolist(), "correct": value.correct.tolist()}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(file, json.dumps(value, ensure_ascii=False))
+    return json.loads(file.read_text())
 
 
 # --------------------------------------------------------------------------------------------------- examples

@@ -52,6 +52,37 @@ def test_every_example_counts_exactly_once(evaluated):
     assert report["bytes"] == sum(len(target.encode()) for _, target in pairs)  # é has two
 
 
+def test_goes_on_where_it_was_stopped(tiny, evaluated, tmp_path, monkeypatch):
+    job = Evaluate(
+        tiny.after,
+        [tiny_task.task(tiny.store)],
+        tiny_task.LENGTHS,
+        batch_size=4,
+        reference_model=tiny.before,
+        baselines=BASELINES,
+    )
+    scored, asked, stop = [], [], [True]
+    scores, complete = Model.token_scores, Model.complete_tokens
+
+    def answer(model, *args, **kwargs):
+        if stop and model.path == tiny.before:
+            raise KeyboardInterrupt
+        asked.append(model.path)
+        return complete(model, *args, **kwargs)
+
+    monkeypatch.setattr(Model, "token_scores", lambda *args: scored.append(1) or scores(*args))
+    monkeypatch.setattr(Model, "complete_tokens", answer)
+    with pytest.raises(KeyboardInterrupt):
+        job(RunDir(tmp_path))
+    assert (len(scored), set(asked)) == (12, {tiny.after})  # 6 batches of each model
+    scored.clear(), asked.clear(), stop.clear()
+    job(RunDir(tmp_path))
+    assert (scored, set(asked)) == ([], {tiny.before})
+    for name in ("results.json", "samples.jsonl"):
+        assert (tmp_path / name).read_bytes() == (evaluated[3] / name).read_bytes()
+    assert not (tmp_path / "parts").exists()
+
+
 def test_likelihood_equals_a_straightforward_computation(tiny, evaluated):
     report, samples, _, _ = evaluated
     m = t5style.load(tiny.after)
