@@ -81,11 +81,6 @@ def ratio_estimate(numerators: np.ndarray, denominators: np.ndarray) -> Estimate
     return Estimate(float(value), error, n)
 
 
-def ratio_difference(a: np.ndarray, b: np.ndarray, denominators: np.ndarray) -> Estimate:
-    """Estimate of sum(a)/sum(denominators) - sum(b)/sum(denominators) on the same examples, all [n]."""
-    return ratio_estimate(np.asarray(a, np.float64) - np.asarray(b, np.float64), denominators)
-
-
 # ---------------------------------------------------------------- per-example values, each dict of [n] arrays
 
 

@@ -155,8 +155,3 @@ def _program(
         return step + 1, token, done, out, cache
 
     return jax.lax.while_loop(unfinished, body, (jnp.int32(1), token, done, out, cache))[3]
-
-
-def compiled_programs() -> int:
-    """How many decoding programs this process has compiled or loaded."""
-    return int(_program._cache_size())  # type: ignore[attr-defined]  # jax's own tests use it too

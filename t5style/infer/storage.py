@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from t5style.models.config import DTYPES, TransformerConfig
 from t5style.models.params import abstract_params, logical_axes
 from t5style.parallel.mesh import MeshConfig
 from t5style.parallel.rules import param_shardings
-from t5style.run_dir import PathLike, UserError, atomic_folder, atomic_write
+from t5style.run_dir import PathLike, UserError, atomic_write
 from t5style.train import checkpoint
 
 MODEL_FILE, VOCABULARY_FOLDER, CHECKPOINTS = "model.json", "vocabulary", "checkpoints"
@@ -208,10 +209,8 @@ def save_huggingface(model: Stored, path: PathLike) -> None:
         extra["decoder_start_token_id"] = model.ids.start
     else:
         extra["bos_token_id"] = model.ids.prefix
-    with atomic_folder(path) as folder:
-        convert.save_huggingface(os.fspath(folder), model.config, model.params, extra=extra)
-        if model.vocabulary is not None:
-            _save_tokenizer(model, folder)
+    also = None if model.vocabulary is None else functools.partial(_save_tokenizer, model)
+    convert.save_huggingface(path, model.config, model.params, extra=extra, also=also)
 
 
 def _one_or_list(ids: tuple[int, ...]) -> int | list[int] | None:

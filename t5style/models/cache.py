@@ -79,11 +79,3 @@ def init_cache(
     else:
         cache["encoder_valid"] = jnp.asarray(encoder_segment_ids) != 0
     return cache
-
-
-def select_rows(cache: Cache, rows: jax.Array) -> Cache:
-    """The cache of other rows, int32 `[new batch]`: reorders beams, repeats prompts, drops finished rows."""
-    return {
-        name: value if name == "slot" else jax.tree.map(lambda x: x[rows], value)
-        for name, value in cache.items()
-    }

@@ -13,12 +13,13 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+from etils import epath
 
 from t5style import run_dir
 from t5style.models.config import DTYPES, TransformerConfig
 from t5style.models.convert_tables import FAMILIES, Family, Row
 from t5style.models.params import abstract_params
-from t5style.run_dir import UserError
+from t5style.run_dir import PathLike, UserError
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD_BYTES = 5_000_000_000
@@ -55,7 +56,12 @@ def load_huggingface(folder: str | Path, dtype: str = "float32") -> tuple[Transf
 
 
 def save_huggingface(
-    folder: str | Path, config: TransformerConfig, params: Any, *, extra: Mapping[str, Any] | None = None
+    folder: PathLike,
+    config: TransformerConfig,
+    params: Any,
+    *,
+    extra: Mapping[str, Any] | None = None,
+    also: Callable[[epath.Path], None] | None = None,
 ) -> None:
     """Writes a model directory that transformers loads.
 
@@ -64,6 +70,7 @@ def save_huggingface(
       config: the model's.
       params: its parameters, arrays of any placement; saved in their own dtype.
       extra: entries for config.json beside those of the model: ids of special tokens, say.
+      also: writes what else belongs into the folder, a tokenizer say, before it takes its name.
 
     Raises:
       UserError: no family of Hugging Face's computes what this config describes; the sentence says what is in
@@ -80,6 +87,8 @@ def save_huggingface(
     with run_dir.atomic_folder(folder) as made:
         _write_shards(Path(made), _export(config, family, params))
         (Path(made) / "config.json").write_text(json.dumps(theirs, indent=2, sort_keys=True) + "\n")
+        if also is not None:
+            also(made)
 
 
 # --- reading ---

@@ -67,7 +67,7 @@ def test_nothing_recompiles_within_a_bucket(model):
     def run(lengths, new, **settings):
         tokens, mask = padded([np.resize(PROMPTS[3], n) for n in lengths], "right")
         model.generate_tokens(tokens, mask, max_new_tokens=new, **settings)
-        return decoding.compiled_programs()
+        return decoding._program._cache_size()
 
     before = run([20, 25, 31], 20)
     assert run([17, 32, 18], 32) == before

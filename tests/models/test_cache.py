@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from t5style.models.cache import init_cache, select_rows
+from t5style.models.cache import init_cache
 from t5style.models.params import unstack_layers
 from tests.models.tiny import KINDS, LLAMA, T5, params_of, runner, tokens_of
 
@@ -58,16 +58,6 @@ def test_prompts_of_different_lengths_in_one_batch(kind, side):
         logits, cache = decode(params, tokens[np.arange(3), now][:, None], cache)
         np.testing.assert_allclose(np.asarray(logits)[:, 0], want[np.arange(3), now], atol=1e-5)
     np.testing.assert_array_equal(cache["length"], lengths + 4)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_selected_rows_go_on_as_their_originals(kind):
-    config, params, tokens, want, empty = setup(kind)
-    decode = runner(config, "decode")
-    _, cache = decode(params, tokens[:, :6], empty())
-    rows = np.array([2, 0, 0])
-    logits, _ = decode(params, tokens[rows, 6:7], select_rows(cache, rows))
-    np.testing.assert_allclose(np.asarray(logits)[:, 0], want[rows, 6], atol=1e-5)
 
 
 def test_cache_layout_and_dtype():
