@@ -134,7 +134,7 @@ def test_preflight_says_what_will_be_learned(finished: tuple[pathlib.Path, dict[
 def test_a_finished_run_does_nothing_and_a_longer_one_goes_on(
     store: str, tmp_path: pathlib.Path, said: list[str]
 ) -> None:
-    short = job(store, steps=8, optimizer=Optimizer(learning_rate=Schedule("constant", 1e-2)))
+    short = job(store, steps=8)
     first = run(short, tmp_path)
     again = run(short, tmp_path)
     assert again["train_loss"] == first["train_loss"]
@@ -150,8 +150,7 @@ def test_a_finished_run_does_nothing_and_a_longer_one_goes_on(
 
 
 def test_resumes_on_another_mesh(store: str, tmp_path: pathlib.Path, said: list[str]) -> None:
-    constant = Optimizer(learning_rate=Schedule("constant", 1e-2))
-    short = job(store, steps=4, model={"dropout": 0.0}, optimizer=constant)
+    short = job(store, steps=4, model={"dropout": 0.0})
     run(dataclasses.replace(short, steps=8), tmp_path / "straight")
     perform(short, tmp_path / "moved")
     mesh, moved_rules = MeshConfig(data=2, fsdp=2, tensor=2), Rules(parameters={"vocab": None})

@@ -1,4 +1,4 @@
-"""Two processes of four devices each train as one process of eight does."""
+"""Two processes of four devices each train as one device does."""
 
 import io
 import json
@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from t5style.parallel import local
-from t5style.parallel.mesh import MeshConfig
-from tests.train.mesh_run import MODELS, train
+from tests.train.mesh_run import alone
 
 SCRIPT = pathlib.Path(__file__).with_name("mesh_run.py")
 
@@ -28,8 +27,7 @@ def test_two_processes_equal_one(tmp_path, architecture, sizes):
     assert local.run(command, processes=2, devices=4, out=said) == 0, said.getvalue().decode()
     result = json.loads(out.read_text())
     assert result["processes"] == 2
-    one, _ = train(MODELS[architecture], MeshConfig(**sizes), 3)
-    np.testing.assert_allclose(result["losses"], one, rtol=1e-5)
+    np.testing.assert_allclose(result["losses"], alone(architecture, 3), rtol=1e-5)
 
 
 def test_a_process_that_fails_does_not_wait_for_the_others():
