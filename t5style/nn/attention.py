@@ -237,7 +237,7 @@ def _one_head_backward(
     narrow = by_scores.astype(kind)
     by_bias = by_scores
     if bias is not None and bias.shape[0] == 1:
-        by_bias = by_scores.sum(axis=0, keepdims=True)
+        by_bias = _sum_rows(by_scores)
     return (
         (scale * _dot("bqk,bkd->bqd", narrow, key, precision)).astype(query.dtype),
         (scale * _dot("bqk,bqd->bkd", narrow, query, precision)).astype(key.dtype),
@@ -245,6 +245,16 @@ def _one_head_backward(
         None if bias is None else by_bias,
         None,  # of the mask
     )
+
+
+def _sum_rows(x: jax.Array) -> jax.Array:
+    """x.sum(axis=0, keepdims=True), by adding halves: XLA's CPU backend took 46 ms to reduce the first
+    dimension of f32 [8, 512, 512], and takes 5 for these additions.
+    """
+    while len(x) % 2 == 0:
+        first, second = jnp.split(x, 2)
+        x = first + second
+    return x.sum(axis=0, keepdims=True)
 
 
 _one_head.defvjp(_one_head_forward, _one_head_backward)
