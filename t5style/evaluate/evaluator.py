@@ -121,6 +121,7 @@ class Evaluate:
             "model": self.model,
             "reference_model": self.reference_model,
             "split": self.split,
+            "note": results.NOTE,
             "tasks": reports,
         }
         atomic_write(run.path / "samples.jsonl", "".join(samples))

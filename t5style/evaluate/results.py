@@ -2,6 +2,7 @@
 
     format: 1
     model, reference_model, split: what was evaluated, as given
+    note: what the numbers count, as below
     tasks: for each task's name examples, tokens, bytes: how much was scored (target tokens; bytes of target
       text) cut, dropped: examples that were longer than the lengths systems: "model", "reference", and each
       baseline's name; for each loss (nats per target token), perplexity, bits_per_byte, token_accuracy (0 to
@@ -9,7 +10,8 @@
       (examples)} margins: for each system but the model: value of the model minus value of that system, by
       the same names (no perplexity), with the standard error of the paired difference
 
-Loss, perplexity and bits_per_byte are better when lower, everything else when higher.
+Loss, perplexity and bits_per_byte are better when lower, everything else when higher. What they count
+(NOTE) is what T5X's evaluation counts; lm-eval's bits_per_byte leave the end-of-sequence token out.
 """
 
 from __future__ import annotations
@@ -20,6 +22,10 @@ from typing import Any
 from t5style import console
 
 FORMAT = 1
+NOTE = (
+    "loss, perplexity and bits_per_byte count every target token, sentinels and end-of-sequence included; "
+    "bits_per_byte divide by the bytes of the text alone"
+)
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte"})
 COLUMNS = ("task", "number", "system", "value", "standard error", "n", "model − system", "its standard error")
 
@@ -65,7 +71,13 @@ def markdown(document: Mapping[str, Any]) -> str:
             f"{report['tokens']:,} target tokens, {report['bytes']:,} bytes; {report['cut']:,} cut, "
             f"{report['dropped']:,} dropped for their length"
         )
-    lines += ["", "↓: lower is better.", "", "| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+    lines += [
+        "",
+        f"↓: lower is better; {NOTE}.",
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|" + " --- |" * len(COLUMNS),
+    ]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows(document)]
     return "\n".join(lines) + "\n"
 

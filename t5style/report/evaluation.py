@@ -18,7 +18,7 @@ SYSTEMS = {"model": "this model", "reference": "before tuning"}
 
 
 def evaluations(stage: Stage, figures: dict[str, charts.Figure]) -> list[dict[str, Any]]:
-    """For each task of an evaluation, its table, its differences and its charts; empty for another stage.
+    """For each task of an evaluation, its table and its charts; empty for another stage.
 
     Raises:
       UserError: results.json has a layout this version does not know.
@@ -71,7 +71,11 @@ def evaluations(stage: Stage, figures: dict[str, charts.Figure]) -> list[dict[st
                     {
                         "name": SYSTEMS.get(system, label(system)),
                         "cells": [
-                            (values[name]["value"], values[name]["standard_error"])
+                            {
+                                "value": values[name]["value"],
+                                "error": values[name]["standard_error"],
+                                "margin": margin(name, report["margins"].get(system, {}).get(name)),
+                            }
                             if name in values
                             else None
                             for name in names
@@ -79,7 +83,6 @@ def evaluations(stage: Stage, figures: dict[str, charts.Figure]) -> list[dict[st
                     }
                     for system, values in systems.items()
                 ],
-                "differences": list(differences(report["margins"])),
                 "places": places,
             }
         )
@@ -98,24 +101,20 @@ def headline(names: list[str]) -> list[str]:
     return [*own[:2], *(name for name in ("bits_per_byte", "token_accuracy", "loss") if name in names)][:4]
 
 
-def differences(margins: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Any:
-    """The model minus each other system, metric by metric, and whether that is more than chance."""
-    for system, values in margins.items():
-        for name, entry in values.items():
-            difference, error = entry["value"], entry["standard_error"]
-            if error is None:
-                continue  # a single example says nothing
-            sigmas = abs(difference) / error if error > 0 else float("inf") if difference else 0.0
-            good = (difference < 0) == (name in LOWER_IS_BETTER)
-            verdict = "within chance" if sigmas <= REAL else "better" if good else "worse"
-            yield {
-                "metric": label(name),
-                "against": SYSTEMS.get(system, label(system)),
-                "difference": difference,
-                "error": error,
-                "sigmas": sigmas,
-                "verdict": verdict,
-            }
+def margin(name: str, entry: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The model minus another system by one metric, and whether that is more than chance; None where there
+    is nothing to compare, or a single example, which says nothing.
+    """
+    if entry is None or entry["standard_error"] is None:
+        return None
+    difference, error = entry["value"], entry["standard_error"]
+    good = (difference < 0) == (name in LOWER_IS_BETTER)
+    real = abs(difference) > REAL * error
+    return {
+        "difference": difference,
+        "error": error,
+        "verdict": ("better" if good else "worse") if real else "within chance",
+    }
 
 
 def samples(stage: Stage) -> list[dict[str, Any]]:

@@ -74,6 +74,7 @@ def render(title: str, summary: str, stages: list[Stage]) -> str:
         "duration": console.duration,
         "percent": percent,
         "error": error,
+        "signed": signed,
     }
     template = environment.from_string(resources.files("t5style.report").joinpath(TEMPLATE).read_text())
     context = sections.build(stages)
@@ -112,8 +113,13 @@ def percent(value: float) -> str:
 
 
 def error(value: float) -> str:
-    """A standard error: two significant digits."""
-    return f"{value:.2g}"
+    """A standard error: two significant digits; 130.2 -> 130."""
+    return f"{value:.2g}" if value < 100 else f"{float(f'{value:.2g}'):,.0f}"
+
+
+def signed(value: float) -> str:
+    """A difference: -1.25 -> −1.25; 3 -> +3."""
+    return ("−" if value < 0 else "+" if value > 0 else "") + number(abs(value))
 
 
 def size(value: float) -> str:

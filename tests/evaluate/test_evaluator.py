@@ -132,6 +132,10 @@ def test_generated_answers_are_scored_and_compared(tiny, evaluated):
     )
     table = (folder / "results.md").read_text()
     assert "| opposites | exact_match | copy_input | 0 | 0 | 21 |" in table
+    assert "sentinels and end-of-sequence included" in table
+    assert (
+        "sentinels and end-of-sequence included" in json.loads((folder / "results.json").read_text())["note"]
+    )
 
 
 def test_unigram_baseline(evaluated):

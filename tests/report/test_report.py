@@ -242,7 +242,15 @@ def test_page_tells_what_the_stages_found(stages, tmp_path):
 
 def test_differences_are_called_real_only_beyond_two_standard_errors(stages):
     parts = evaluation.evaluations(read_stage("evaluation", stages["evaluation"]), {})
-    verdicts = {(d["metric"], d["against"]): d["verdict"] for d in parts[0]["differences"]}
+    names = [name for name, _ in parts[0]["columns"]]
+    assert parts[0]["rows"][0]["name"] == "this model"
+    assert all(cell is None or cell["margin"] is None for cell in parts[0]["rows"][0]["cells"])
+    verdicts = {
+        (name, row["name"]): cell["margin"]["verdict"]
+        for row in parts[0]["rows"]
+        for name, cell in zip(names, row["cells"], strict=True)
+        if cell and cell["margin"]
+    }
     assert verdicts == {
         ("loss", "before tuning"): "better",
         ("rougeL", "before tuning"): "better",
@@ -281,6 +289,16 @@ def test_long_curves_are_averaged(monkeypatch):
 )
 def test_number(value, text):
     assert report.number(value) == text
+
+
+def test_errors_and_differences():
+    assert [report.error(value) for value in (0.02345, 1.0, 131.2, 12345.0)] == [
+        "0.023",
+        "1",
+        "130",
+        "12,000",
+    ]
+    assert [report.signed(value) for value in (-1.25, 3.0, 0.0)] == ["−1.25", "+3", "0"]
 
 
 @pytest.mark.parametrize(
