@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from t5style.nn import platform
 from t5style.nn.parameter import Init, named
 
 
@@ -97,8 +98,9 @@ def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[ja
         angle = positions.astype(jnp.float32)[:, :, None, None] * frequency
         return jnp.cos(angle), jnp.sin(angle)
 
-    # A branch is always taken, and is a program of its own: XLA's CPU backend would fuse the functions into
-    # every use and compute them again for each head and layer, forwards and backwards.
+    if not platform.separate_angles():
+        return table()
+    # A branch is a program of its own; this one is always taken.
     zeros = jnp.zeros((*positions.shape, 1, frequency.size), jnp.float32)
     return jax.lax.cond(positions[0, 0] >= 0, table, lambda: (zeros, zeros))
 
