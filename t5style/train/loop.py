@@ -247,6 +247,7 @@ class Loop:
                         raise
                     stopping = stop.requested(done)
                 if saving or stopping is not None:
+                    writer.flush()  # or a kill could lose lines that the resumed run does not write again
                     self._save(done, state, progress, reader.figures_of(done))
             reader.settle()
             with self.goodput.timed("checkpoint"):
@@ -322,6 +323,11 @@ class _Metrics:
         self._step = step
         with self._told():
             self._writer.write(step, values)
+
+    def flush(self) -> None:
+        """See MetricsWriter.flush. Raises UserError where the disk is full."""
+        with self._told():
+            self._writer.flush()
 
     def close(self) -> None:
         """See MetricsWriter.close."""
