@@ -290,16 +290,37 @@ def _dot_product(
     dropout: Dropout | None,
     precision: str,
 ) -> jax.Array:
-    """jax.nn.dot_product_attention, for which a GPU may use cuDNN's fused kernel."""
-    del precision  # the library's own choice
+    """cuDNN's fused kernel by jax.nn.dot_product_attention, or the reference for what it does not take."""
     if dropout:
         raise ValueError(
             "attention implementation 'dot_product' cannot drop attention weights: use 'reference'"
         )
+    if precision != "default" or not _cudnn_takes(query, key, bias is not None or masked is not None):
+        return _reference(query, key, value, bias, masked, scale, None, precision)
     if bias is not None:
         bias = bias.astype(query.dtype)
     mask = None if masked is None else masked > MASKED / 2
-    return jax.nn.dot_product_attention(query, key, value, bias=bias, mask=mask, scale=scale)
+    return jax.nn.dot_product_attention(
+        query, key, value, bias=bias, mask=mask, scale=scale, implementation="cudnn"
+    )
+
+
+def _cudnn_takes(query: jax.Array, key: jax.Array, biased: bool) -> bool:
+    """Whether cuDNN's kernel computes attention of these operands on this machine.
+
+    The limits are those of check_layout and check_is_flash_attention in jax/_src/cudnn
+    (fused_attention_stablehlo.py, jax 0.10.2), which raise beyond them: 16-bit floats; heads of a multiple
+    of 8, up to 128 before Hopper; with a bias, which a mask becomes, even lengths in the backward pass.
+    """
+    width = query.shape[-1]
+    even = query.shape[1] % 2 == 0 and key.shape[1] % 2 == 0
+    return (
+        platform.has_cudnn_attention()
+        and query.dtype in (jnp.bfloat16, jnp.float16)
+        and width % 8 == 0
+        and width <= 128
+        and (even or not biased)
+    )
 
 
 _IMPLEMENTATIONS = {"reference": _reference, "cpu": _cpu, "dot_product": _dot_product}

@@ -51,9 +51,18 @@ def attention_implementation(*, dropout: bool) -> str:
     CPU: one head at a time, so that the scores of a head stay in cache and are recomputed in the backward
     pass; but with dropout the einsum, because the random bits of each head are a program of their own
     (t5_tiny compiles in 23 s of CPU time rather than 31, at the same speed).
-    GPU: jax.nn.dot_product_attention, which compiles to cuDNN where it can, but which cannot drop weights.
-    Others: the einsum, which the TPU compiler fuses.
+    Others: the einsum, which the TPU compiler fuses. On GPUs 'dot_product' asks for cuDNN's fused kernel; it
+    is not chosen here because nobody has run it on one yet.
     """
-    if dropout:
-        return "reference"
-    return {"cpu": "cpu", "gpu": "dot_product"}.get(platform(), "reference")
+    return "cpu" if platform() == "cpu" and not dropout else "reference"
+
+
+def has_cudnn_attention() -> bool:
+    """Whether this process's GPUs run cuDNN's fused attention: NVIDIA's from Ampere (8.0) on.
+
+    AMD's name their capability otherwise ("gfx942"), other devices have none.
+    """
+    if platform() != "gpu":
+        return False
+    capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
+    return capability[:1].isdigit() and float(capability) >= 8.0

@@ -166,6 +166,32 @@ def test_what_cannot_be_computed_is_refused(changes, message):
         attention(**{**arrays, "bias": bias, **masks, **changes})
 
 
+def test_cudnn_is_asked_for_what_it_takes_and_the_reference_computes_the_rest(monkeypatch):
+    asked, library = [], jax.nn.dot_product_attention
+
+    def record(*args, implementation=None, **kwargs):
+        asked.append(implementation)
+        return library(*args, implementation="xla", **kwargs)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", record)
+    monkeypatch.setattr(platform, "has_cudnn_attention", lambda: True)
+    arrays, bias, masks = make("causal", 2)  # even lengths, 8 wide
+    half = {name: jnp.asarray(array, jnp.bfloat16) for name, array in arrays.items()}
+    settings = {"bias": bias, **masks, "scale": 0.3}
+    got = attention(**half, **settings, implementation="dot_product")
+    assert asked == ["cudnn"]
+    want = attention(**half, **settings, implementation="reference")
+    real = QUERY_SEGMENTS > 0
+    np.testing.assert_allclose(
+        np.asarray(got, np.float32)[real], np.asarray(want, np.float32)[real], atol=0.03
+    )
+    odd = {name: array[:, :-1] for name, array in half.items()}
+    narrow = {name: array[..., :-1] for name, array in half.items()}
+    for others, precision in ((arrays, "default"), (half, "highest"), (narrow, "default"), (odd, "default")):
+        attention(**others, causal=True, implementation="dot_product", precision=precision)
+    assert asked == ["cudnn"]
+
+
 def test_heads_that_do_not_divide_are_refused():
     arrays, _, _ = make("full", 3)
     with pytest.raises(ValueError, match="4 query heads cannot share 3"):
@@ -188,7 +214,7 @@ def test_cached_attention_equals_the_reference(kv_heads):
     [
         ("cpu", False, "cpu"),
         ("cpu", True, "reference"),
-        ("gpu", False, "dot_product"),
+        ("gpu", False, "reference"),
         ("gpu", True, "reference"),
         ("tpu", False, "reference"),
     ],
