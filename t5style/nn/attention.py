@@ -100,7 +100,27 @@ def attention(
             f"attention implementation {implementation!r} is not one of {', '.join(_IMPLEMENTATIONS)}, auto"
         )
     masked = mask_bias(query_segments, key_segments, causal=causal, queries=query.shape[1], keys=key.shape[1])
-    return _IMPLEMENTATIONS[implementation](query, key, value, bias, masked, scale, dropout, precision)
+    compute = _IMPLEMENTATIONS[implementation]
+    queries = query.shape[1]
+    block = platform.CAUSAL_BLOCK if implementation == "cpu" and causal and dropout is None else queries
+    parts = []
+    for start in range(0, queries, block):
+        end = min(start + block, queries)
+        seen = slice(end if causal else None)  # a block of queries sees no key beyond its own end
+        rows = (..., slice(start, end), seen)
+        parts.append(
+            compute(
+                query[:, start:end],
+                key[:, seen],
+                value[:, seen],
+                None if bias is None else bias[rows],
+                None if masked is None else masked[rows],
+                scale,
+                dropout,
+                precision,
+            )
+        )
+    return jnp.concatenate(parts, axis=1)
 
 
 def _softmax(scores: jax.Array, *biases: jax.Array | None) -> jax.Array:
