@@ -100,27 +100,9 @@ def attention(
             f"attention implementation {implementation!r} is not one of {', '.join(_IMPLEMENTATIONS)}, auto"
         )
     masked = mask_bias(query_segments, key_segments, causal=causal, queries=query.shape[1], keys=key.shape[1])
-    compute = _IMPLEMENTATIONS[implementation]
-    queries = query.shape[1]
-    block = platform.CAUSAL_BLOCK if implementation == "cpu" and causal and dropout is None else queries
-    parts = []
-    for start in range(0, queries, block):
-        end = min(start + block, queries)
-        seen = slice(end if causal else None)  # a block of queries sees no key beyond its own end
-        rows = (..., slice(start, end), seen)
-        parts.append(
-            compute(
-                query[:, start:end],
-                key[:, seen],
-                value[:, seen],
-                None if bias is None else bias[rows],
-                None if masked is None else masked[rows],
-                scale,
-                dropout,
-                precision,
-            )
-        )
-    return jnp.concatenate(parts, axis=1)
+    if implementation == "cpu" and causal and masked is not None and dropout is None:
+        return _causal_blocks(query, key, value, bias, masked, scale, precision)
+    return _IMPLEMENTATIONS[implementation](query, key, value, bias, masked, scale, dropout, precision)
 
 
 def _softmax(scores: jax.Array, *biases: jax.Array | None) -> jax.Array:
@@ -194,6 +176,36 @@ def _cpu(
         for head in range(heads)
     ]
     return jnp.stack(contexts, axis=2)  # [batch, queries, heads, head_dim]
+
+
+def _causal_blocks(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None,
+    masked: jax.Array,
+    scale: float,
+    precision: str,
+) -> jax.Array:
+    """_cpu on one block of queries after another, each with the keys up to its own end: it sees no others."""
+    parts = []
+    for start in range(0, query.shape[1], platform.CAUSAL_BLOCK):
+        end = min(start + platform.CAUSAL_BLOCK, query.shape[1])
+        rows = (..., slice(start, end), slice(end))
+        block_bias = None if bias is None else bias[rows]
+        parts.append(
+            _cpu(
+                query[:, start:end],
+                key[:, :end],
+                value[:, :end],
+                block_bias,
+                masked[rows],
+                scale,
+                None,
+                precision,
+            )
+        )
+    return jnp.concatenate(parts, axis=1)
 
 
 def _heads(x: jax.Array, axis: int = 2) -> list[jax.Array]:
