@@ -466,6 +466,8 @@ def main(
     except KeyboardInterrupt:
         say(f"\nInterrupted. To go on where it was, run the same command again:\n    {command}")
         return 130
+    except SystemExit as stop:  # SIGTERM: training has saved its state
+        return int(stop.code or 0)
     except BrokenPipeError:  # `--explain | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

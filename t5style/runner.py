@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import sys
 import traceback
 import types
 from collections.abc import Iterator, Mapping
@@ -72,15 +71,11 @@ def execute(job: Any, folder: str, text: ConfigText | None = None) -> dict[str, 
 
 
 def leave(status: int) -> int:
-    """The exit status; but with several processes a failed one ends here and now.
+    """The exit status; but one of several processes ends here, see `parallel.distributed.leave`."""
+    if run_dir.has_company():
+        from t5style.parallel import distributed
 
-    At a normal exit jax waits up to 300 s for the others, which wait for this one. Once process 0 is gone,
-    the coordination service ends them too.
-    """
-    if status and run_dir.has_company():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        distributed.leave(status)
     return status
 
 

@@ -15,10 +15,12 @@ Which processes there are is read from the environment, in this order:
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import os
 import re
 import socket
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -33,6 +35,7 @@ from t5style.parallel.rendezvous import StartupError, has_tpu, roll_call
 # The port that JAX itself takes on Cloud TPU, where nobody names one.
 TPU_COORDINATOR_PORT = 8482
 _FOREVER = 30 * 24 * 3600 * 1000  # ms
+_GRACE = 10_000  # ms
 _visits: collections.Counter[str] = collections.Counter()
 _FIELD = 256  # bytes of each of the strings that `check_same` exchanges
 
@@ -86,6 +89,26 @@ def give_cpu_devices_threads() -> None:
     flags = re.findall(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
     if flags and int(flags[-1]) > 1:
         os.environ.setdefault("PJRT_NPROC", str(8 * int(flags[-1])))
+
+
+def leave(status: int) -> int:
+    """Ends this process with `status` if it is one of several; alone, it only returns `status`.
+
+    The processes leave together, because process 0 holds the service that the others need; but one that
+    failed (or was stopped) waits no longer than `_GRACE` for the others, which may be waiting for it.
+    At a normal exit jax would wait for them 300 s. The interpreter's own end is left out, because taking
+    down the devices' collectives can hang (seen once: killed 110 s after the other process had ended well).
+    """
+    if not jax.distributed.is_initialized():
+        return status
+    sys.stdout.flush()
+    sys.stderr.flush()
+    client = coordination.global_state.client
+    assert client is not None  # made by `initialize`
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # the others do not come, or the service is gone
+        client.wait_at_barrier("t5style/leave", _GRACE if status else _FOREVER)
+        jax.distributed.shutdown()
+    os._exit(status)
 
 
 def is_main() -> bool:

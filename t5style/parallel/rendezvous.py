@@ -82,7 +82,11 @@ def _lead(port: int, num_processes: int, timeout: float, hosts: Mapping[int, str
             "it, so give COORDINATOR_ADDRESS another port."
         ) from problem
     with server:
-        while len(present) < num_processes - 1 and error is None:
+        while error is None:
+            # Who has gone again (it was stopped, and is started anew) does not count as present.
+            present = {process: it for process, it in present.items() if not _closed(it[1])}
+            if len(present) == num_processes - 1:
+                break
             server.settimeout(max(0.01, deadline - time.monotonic()))
             try:
                 connection, _ = server.accept()
@@ -118,7 +122,7 @@ def _lead(port: int, num_processes: int, timeout: float, hosts: Mapping[int, str
                     f"Two programs say they are process {process}, on {present[process][0]} and on {host}: "
                     f"give each a PROCESS_ID of its own from 0 to {num_processes - 1}."
                 )
-            else:  # new, or one that had gone and was started again
+            else:
                 present[process] = (host, connection)
     for connection in answered:
         with (

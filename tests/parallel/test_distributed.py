@@ -140,7 +140,9 @@ try:
     distributed.barrier("ready")
     distributed.check_same("configuration", sys.argv[1])
 except distributed.StartupError as error:
-    sys.exit(str(error))
+    print(error, file=sys.stderr)
+    sys.exit(distributed.leave(1))
+sys.exit(distributed.leave(0))
 """
 
 

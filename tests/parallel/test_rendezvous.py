@@ -75,9 +75,17 @@ def test_disagreements_are_errors_at_once():
 
 def test_a_stranger_and_a_restarted_process_do_no_harm():
     port = free_port()
-    results = []
-    leader = threading.Thread(target=lambda: results.append(together(arguments(port, 3, 0))[0][0]))
-    leader.start()
+    results = {}
+
+    def call(process):
+        (results[process],), _ = together(arguments(port, 3, process))
+
+    def start(process):
+        thread = threading.Thread(target=call, args=(process,))
+        thread.start()
+        return thread
+
+    threads = [start(0)]
     for line in (b"GET / HTTP/1.1\r\n\r\n", b'{"process": 1, "processes": 3, "host": "gone"}\n'):
         while True:
             try:
@@ -87,9 +95,12 @@ def test_a_stranger_and_a_restarted_process_do_no_harm():
                 break
             except ConnectionRefusedError:
                 time.sleep(0.05)
-    others, _ = together(arguments(port, 3, 1), arguments(port, 3, 2))
-    leader.join()
-    assert [*results, *others] == [None, None, None]
+    threads.append(start(2))
+    time.sleep(0.5)  # process 0 has heard of 1 and of 2 now, but 1 has gone
+    threads.append(start(1))
+    for thread in threads:
+        thread.join()
+    assert results == {0: None, 1: None, 2: None}
 
 
 def test_a_port_in_use_and_a_bad_address():

@@ -134,6 +134,7 @@ def main(architecture: str, sizes: str, steps: str, out: str) -> None:
     losses, _ = train(MODELS[architecture], MeshConfig(**given), int(steps))
     if distributed.is_main():
         pathlib.Path(out).write_text(json.dumps({"losses": losses, "processes": jax.process_count()}))
+    distributed.leave(0)
 
 
 if __name__ == "__main__":

@@ -132,6 +132,8 @@ def main() -> int:
             figures = job(store, **fields)(run)
         except KeyboardInterrupt:
             return 130
+        except SystemExit as stop:
+            return int(stop.code or 0)
         except run_dir.UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
@@ -140,4 +142,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(distributed.leave(main()))
