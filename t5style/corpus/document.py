@@ -1,6 +1,6 @@
 """The record that passes between corpus stages, and its files: Parquet or (compressed) JSON lines.
 
-Parquet files have one row per document with the columns ``text, id, source, url, license, language``
+Parquet files have one row per document with the columns ``text, id, source, url, license, language, time``
 (strings) and ``meta`` (a JSON object as a string, because its keys differ from source to source), so that
 Hugging Face datasets, Beam, Spark and DuckDB read them as they are.
 """
@@ -22,7 +22,7 @@ from etils import epath
 
 from t5style.run_dir import UserError, expand
 
-COLUMNS = ("text", "id", "source", "url", "license", "language", "meta")
+COLUMNS = ("text", "id", "source", "url", "license", "language", "time", "meta")
 _OTHERS = ("dropped.jsonl", "quarantine.jsonl", "metrics.jsonl")  # of a run folder, and no documents
 # What `open_lines` raises where what it reads is cut short or not compressed as its name says.
 BROKEN_COMPRESSION = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)
@@ -44,6 +44,7 @@ class Document:
       license: SPDX identifier or name of the licence, empty where unknown.
       language: ISO 639-1 code, empty where unknown.
       meta: further fields, JSON values only.
+      time: when it was published or fetched, ISO 8601, empty where unknown.
     """
 
     text: str
@@ -53,6 +54,7 @@ class Document:
     license: str = ""
     language: str = ""
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    time: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The document as a JSON object; empty fields other than text and id are left out."""
