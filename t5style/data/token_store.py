@@ -6,6 +6,11 @@ A store is a folder:
     vocabulary/                   the vocabulary that made the tokens
     <split>/<feature>/tokens/     every example's tokens, one after the other: zarr3, sharded, uint16 or int32
     <split>/<feature>/offsets/    int64 [examples + 1]: example i is tokens[offsets[i]:offsets[i + 1]]
+    <split>/document-keys/        uint64 [examples]: a hash of the id of the document that each comes from
+    <split>/curriculum-order/     int64 [examples]: the examples from easy to hard
+
+The last two are there where the maker of the store knew them. When examples are erased (erasure.py) a split
+moves to the folder `<split>@1/`, `<split>@2/`, ...; the manifest says which one holds.
 
 Shards hold 2²² tokens in inner chunks of 2¹³ tokens, each with its own CRC-32C that is checked whenever the
 chunk is read. Arrays of up to `RESIDENT_BYTES` are read once and kept in memory (a copy from memory is more
@@ -29,9 +34,17 @@ import numpy as np
 import tensorstore as ts
 
 from t5style.corpus import vocabulary as vocabulary_lib
+from t5style.data.store_manifest import (
+    CURRICULUM,
+    DOCUMENT_KEYS,
+    MANIFEST,
+    delete_folder,
+    file_facts,
+    identity,
+    write_manifest,
+)
 from t5style.run_dir import UserError
 
-MANIFEST = "store.json"
 FORMAT = 1
 SHARD_TOKENS = 1 << 22
 CHUNK_TOKENS = 1 << 13
@@ -41,7 +54,7 @@ _FIX = "restore the file from a copy, or run the tokenize job again"
 _T = TypeVar("_T")
 
 
-def _kvstore(folder: str) -> dict[str, Any]:
+def kvstore(folder: str) -> dict[str, Any]:
     """TensorStore's key-value specification of a folder: `gs://bucket/path`, or a local path."""
     if folder.startswith("gs://"):
         bucket, _, path = folder.removeprefix("gs://").partition("/")
@@ -57,7 +70,7 @@ def _array_spec(folder: str, name: str, dtype: str, size: int) -> dict[str, Any]
     }
     return {
         "driver": "zarr3",
-        "kvstore": _array_kvstore(folder, name),
+        "kvstore": array_kvstore(folder, name),
         "metadata": {
             "shape": [size],
             "data_type": dtype,
@@ -67,8 +80,8 @@ def _array_spec(folder: str, name: str, dtype: str, size: int) -> dict[str, Any]
     }
 
 
-def _array_kvstore(folder: str, name: str) -> dict[str, Any]:
-    spec = _kvstore(folder)
+def array_kvstore(folder: str, name: str) -> dict[str, Any]:
+    spec = kvstore(folder)
     return {**spec, "path": f"{spec['path']}{name}/"}
 
 
@@ -100,7 +113,7 @@ class TokenStore:
         """
         folder = os.fspath(folder)
         try:
-            files = ts.KvStore.open(_kvstore(folder)).result()
+            files = ts.KvStore.open(kvstore(folder)).result()
             found = files.read(MANIFEST).result()
         except (ValueError, OSError) as error:
             raise UserError(f"Token store {folder} cannot be read: {error}") from error
@@ -127,7 +140,7 @@ class TokenStore:
             return _opened.setdefault((os.path.abspath(folder), store.fingerprint), store)
 
     def _check_files(self, contents: bool) -> None:
-        files = ts.KvStore.open(_kvstore(self.folder)).result()
+        files = ts.KvStore.open(kvstore(self.folder)).result()
         if self.folder.startswith("gs://") and not contents:
             return  # one request per file would cost more than the check is worth: reads have their own CRC
         for name, expected in self.manifest["files"].items():
@@ -191,6 +204,10 @@ class TokenStore:
             )
         return counts["features"][feature]
 
+    def place(self, split: str) -> str:
+        """The split's folder inside the store."""
+        return str(self._counts(split).get("folder", split))
+
     def num_examples(self, split: str) -> int:
         return int(self._counts(split)["examples"])
 
@@ -199,7 +216,7 @@ class TokenStore:
 
     def _array(self, name: str) -> ts.TensorStore:
         if name not in self._arrays:
-            spec: dict[str, Any] = {"driver": "zarr3", "kvstore": _array_kvstore(self.folder, name)}
+            spec: dict[str, Any] = {"driver": "zarr3", "kvstore": array_kvstore(self.folder, name)}
             # The files never change once the store is finished: cached chunks need no second look.
             spec |= {"recheck_cached_data": False, "recheck_cached_metadata": False}
             self._arrays[name] = ts.open(spec, open=True, read=True, context=_context()).result()
@@ -214,7 +231,23 @@ class TokenStore:
     def offsets(self, split: str, feature: str) -> np.ndarray:
         """int64 [examples + 1], in tokens."""
         self._counts(split, feature)
-        name = f"{split}/{feature}/offsets"
+        name = f"{self.place(split)}/{feature}/offsets"
+        return self._read(lambda: self._whole(name), name)
+
+    def document_keys(self, split: str) -> np.ndarray | None:
+        """The `document_keys` of the documents that the examples come from: uint64 [examples]; None where
+        the store does not know them.
+        """
+        return self._extra(split, DOCUMENT_KEYS)
+
+    def curriculum(self, split: str) -> np.ndarray | None:
+        """The examples' indices from easy to hard: int64 [examples]; None where the corpus had no order."""
+        return self._extra(split, CURRICULUM)
+
+    def _extra(self, split: str, kind: str) -> np.ndarray | None:
+        if kind not in self._counts(split).get("extras", ()):
+            return None
+        name = f"{self.place(split)}/{kind}"
         return self._read(lambda: self._whole(name), name)
 
     def lengths(self, split: str, feature: str) -> np.ndarray:
@@ -231,7 +264,7 @@ class TokenStore:
         Returns: int32 [sum(lengths)].
         Raises: UserError where a chunk's checksum fails.
         """
-        name = f"{split}/{feature}/tokens"
+        name = f"{self.place(split)}/{feature}/tokens"
         total = self.num_tokens(split, feature)
         if not len(starts):
             return np.zeros(0, np.int32)
@@ -264,10 +297,16 @@ class TokenStore:
         offsets = self.offsets(split, feature)
         lengths = offsets[indices + 1] - offsets[indices]
         flat = self.read(split, feature, offsets[indices], lengths)
-        return np.split(flat, np.cumsum(lengths)[:-1])
+        return np.split(flat, np.cumsum(lengths)[:-1])[: len(indices)]
 
 
-class _FeatureWriter:
+def write_array(folder: str, name: str, values: np.ndarray) -> None:
+    """Writes a whole array into the store in `folder`."""
+    spec = _array_spec(folder, name, str(values.dtype), len(values))
+    ts.open(spec, create=True, delete_existing=True).result().write(values).result()
+
+
+class FeatureWriter:
     """Appends one feature of one split, a shard at a time."""
 
     def __init__(self, folder: str, name: str, dtype: str) -> None:
@@ -303,8 +342,7 @@ class _FeatureWriter:
     def finish(self) -> dict[str, int]:
         self._flush(whole_shards=False)
         offsets = np.concatenate([np.zeros(1, np.int64), np.frombuffer(self.ends, np.int64)])
-        spec = _array_spec(self.folder, f"{self.name}/offsets", "int64", len(offsets))
-        ts.open(spec, create=True, delete_existing=True).result().write(offsets).result()
+        write_array(self.folder, f"{self.name}/offsets", offsets)
         return {"tokens": self.written}
 
 
@@ -328,26 +366,34 @@ class TokenStoreWriter:
         self.description = dict(description or {})
         # Ids of extra sentinels count: the largest id is vocab_size - 1.
         self._dtype = "uint16" if vocabulary.vocab_size <= 1 << 16 else "int32"
-        self._writers: dict[str, dict[str, _FeatureWriter]] = {}
+        self._writers: dict[str, dict[str, FeatureWriter]] = {}
         self._examples: dict[str, int] = {}
+        self._keys: dict[str, array.array[int]] = {}
+        self._curricula: dict[str, np.ndarray] = {}
         self.manifest: dict[str, Any] = {}
-        self._files = ts.KvStore.open(_kvstore(self.folder)).result()
+        self._files = ts.KvStore.open(kvstore(self.folder)).result()
         if self._files.read(MANIFEST).result().state == "value":
             raise FileExistsError(
                 f"{self.folder} already holds a token store; delete it or choose another folder."
             )
+        # What an earlier store kept here after an erasure.
+        names = {key.decode().split("/")[0] for key in self._files.list().result()}
+        for name in sorted(names):
+            if "@" in name:
+                delete_folder(self._files, self.folder, name)
 
     def add_split(self, split: str) -> None:
         """Declares a split, so that it exists even when nothing is added to it."""
-        if not split or "/" in split or split in ("vocabulary", MANIFEST):
+        if not split or "/" in split or "@" in split or split in ("vocabulary", MANIFEST):
             raise ValueError(f"A split cannot be named {split!r}; rename it.")
         if split not in self._writers:
-            self._files.delete_range(ts.KvStore.KeyRange(f"{split}/", f"{split}0")).result()
+            delete_folder(self._files, self.folder, split)
             self._writers[split] = {
-                feature: _FeatureWriter(self.folder, f"{split}/{feature}", self._dtype)
+                feature: FeatureWriter(self.folder, f"{split}/{feature}", self._dtype)
                 for feature in self.features
             }
             self._examples[split] = 0
+            self._keys[split] = array.array("Q")
 
     def add(self, split: str, tokens: Mapping[str, np.ndarray | Sequence[int]]) -> None:
         """Adds one example: for each feature its token ids [length]."""
@@ -355,10 +401,15 @@ class TokenStoreWriter:
         self.add_many(split, ids, {f: np.array([len(values)]) for f, values in ids.items()})
 
     def add_many(
-        self, split: str, tokens: Mapping[str, np.ndarray], lengths: Mapping[str, np.ndarray]
+        self,
+        split: str,
+        tokens: Mapping[str, np.ndarray],
+        lengths: Mapping[str, np.ndarray],
+        keys: np.ndarray | None = None,
     ) -> None:
         """Adds examples: for each feature all their token ids, one example after the other, and the examples'
-        lengths (int [examples]).
+        lengths (int [examples]); and, in all calls or none, the `document_keys` of the documents that they
+        come from (uint64 [examples]).
 
         Raises ValueError for ids that the vocabulary does not have.
         """
@@ -384,22 +435,35 @@ class TokenStoreWriter:
                 )
             self._writers[split][feature].add(ids, lengths[feature])
         self._examples[split] += count
+        if keys is not None:
+            self._keys[split].frombytes(keys.astype(np.uint64).tobytes())
+
+    def set_curriculum(self, split: str, order: np.ndarray) -> None:
+        """Records the split's examples from easy to hard: int64 [examples], each once."""
+        self._curricula[split] = np.asarray(order, np.int64)
+
+    def _write_extras(self, split: str) -> list[str]:
+        examples = self._examples[split]
+        extras = {}
+        if self._keys[split]:
+            extras[DOCUMENT_KEYS] = np.frombuffer(self._keys[split], np.uint64)
+        if split in self._curricula:
+            extras[CURRICULUM] = self._curricula[split]
+        for kind, values in extras.items():
+            if len(values) != examples:
+                raise ValueError(f"Split {split!r} has {examples} examples, but {len(values)} {kind}.")
+            write_array(self.folder, f"{split}/{kind}", values)
+        return sorted(extras)
 
     def close(self) -> None:
         """Finishes the store; `manifest` is what `store.json` then holds."""
-        splits = {
-            split: {
-                "examples": self._examples[split],
-                "features": {f: w.finish() for f, w in writers.items()},
-            }
-            for split, writers in self._writers.items()
-        }
+        splits: dict[str, Any] = {}
+        for split, writers in self._writers.items():
+            features = {feature: writer.finish() for feature, writer in writers.items()}
+            splits[split] = {"examples": self._examples[split], "features": features}
+            if extras := self._write_extras(split):
+                splits[split]["extras"] = extras
         self.vocabulary.save(os.path.join(self.folder, "vocabulary"))
-        files = {}
-        for key in sorted(key.decode() for key in self._files.list().result()):
-            if key.split("/")[0] in self._writers:
-                content = self._files[key]
-                files[key] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         manifest = {
             "format": FORMAT,
             "features": list(self.features),
@@ -409,20 +473,17 @@ class TokenStoreWriter:
                 "vocab_size": self.vocabulary.vocab_size,
             },
             "splits": splits,
-            "files": files,
+            "files": file_facts(self._files, self._writers),
         }
-        identity = json.dumps(manifest, sort_keys=True).encode()
-        manifest["fingerprint"] = hashlib.sha256(identity).hexdigest()[:16]
+        manifest["fingerprint"] = identity(manifest)
         manifest["description"] = self.description
-        # One key of a key-value store is written whole or not at all (locally: a temporary name, fsync,
-        # rename).
-        self._files.write(MANIFEST, json.dumps(manifest, indent=1).encode()).result()
+        write_manifest(self._files, manifest)
         self.manifest = manifest
 
     def abort(self) -> None:
         """Removes what was written so far."""
         for split in self._writers:
-            self._files.delete_range(ts.KvStore.KeyRange(f"{split}/", f"{split}0")).result()
+            delete_folder(self._files, self.folder, split)
 
     def __enter__(self) -> TokenStoreWriter:
         return self

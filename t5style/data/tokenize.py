@@ -18,6 +18,8 @@ from etils import epath
 from t5style import console
 from t5style.corpus import vocabulary as vocabulary_lib
 from t5style.corpus.document import Document, document_files, read_documents
+from t5style.data.curriculum import order_of_kept, read_order
+from t5style.data.store_manifest import document_keys
 from t5style.data.token_store import MANIFEST, TokenStoreWriter
 from t5style.run_dir import RunDir, UserError
 
@@ -27,12 +29,19 @@ _CHUNK_CHARACTERS = 1 << 20
 # Starting a process costs about a second, and one process encodes ten megabytes in that time.
 _BYTES_WORTH_A_PROCESS = 32 << 20
 
+# Beside the documents of a split, int64 [documents]: their places, counted from 0, from easy to hard.
+ORDER_FILE = "order.npy"
+
 _FIELDS = tuple(field.name for field in dataclasses.fields(Document))
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenize:
     """Documents → token store, in the run's folder.
+
+    The store also keeps a hash of the id of each example's document (so that examples can be found again when
+    a document is to be erased), and, where a split of the corpus has an `order.npy`, that order of its
+    examples.
 
     Attributes:
       corpus: a prepared corpus (a folder with a folder of documents for each split), or one folder or file of
@@ -156,15 +165,20 @@ class Tokenize:
         num_bytes = dict.fromkeys(self.features, 0)
         wanted = None if self.sources is None else set(self.sources)
         chunks = _chunks(read_documents(folder))
+        kept: list[np.ndarray] = []
         with console.progress(f"tokenize {split}", None, unit="docs") as bar:
             for encoded in self._encoded(folder, chunks, wanted):
-                writer.add_many(split, encoded.tokens, encoded.lengths)
+                writer.add_many(split, encoded.tokens, encoded.lengths, encoded.keys)
+                kept.append(encoded.kept)
                 documents += encoded.documents
                 examples += encoded.sources.total()
                 skipped += encoded.skipped
                 num_bytes = {feature: n + encoded.num_bytes[feature] for feature, n in num_bytes.items()}
                 sources += encoded.sources
                 bar.advance(encoded.documents)
+        if folder.is_dir() and (folder / ORDER_FILE).exists():
+            order = read_order(folder / ORDER_FILE, documents)
+            writer.set_curriculum(split, order_of_kept(order, np.concatenate(kept)))
         figures = {"documents": documents, "examples": examples, "skipped": dict(skipped)}
         return figures | {f"{feature}_bytes": n for feature, n in num_bytes.items()}
 
@@ -202,12 +216,15 @@ class Tokenize:
 @dataclasses.dataclass(frozen=True)
 class _Encoded:
     """A chunk's examples: for each feature its tokens, flat int32, the examples' lengths, and the bytes of
-    the text that they say; and how many examples each source gave, and documents each reason cost.
+    the text that they say; the keys of their documents (uint64) and which of the chunk's documents those are
+    (bool); and how many examples each source gave, and documents each reason cost.
     """
 
     tokens: dict[str, np.ndarray]
     lengths: dict[str, np.ndarray]
     num_bytes: dict[str, int]
+    keys: np.ndarray
+    kept: np.ndarray
     sources: collections.Counter[str]
     skipped: collections.Counter[str]
     documents: int
@@ -253,7 +270,8 @@ def _encode_chunk(
     kept: collections.Counter[str] = collections.Counter()
     skipped: collections.Counter[str] = collections.Counter()
     columns: list[list[str]] = []
-    for document in documents:
+    is_kept = np.zeros(len(documents), bool)
+    for number, document in enumerate(documents):
         if sources is not None and document.source not in sources:
             skipped["source not asked for"] += 1
             continue
@@ -262,6 +280,7 @@ def _encode_chunk(
             skipped[rendered] += 1
         else:
             kept[document.source] += 1
+            is_kept[number] = True
             columns.append(rendered)
     end = np.array([loaded.eos_id] if append_eos else [], np.int32)
     tokens, lengths, num_bytes = {}, {}, {}
@@ -275,10 +294,11 @@ def _encode_chunk(
         tokens[feature] = np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
         lengths[feature] = np.array([len(ids) + len(end) for ids in encoded], np.int64)
         num_bytes[feature] = sum(
-            len((text if len(kept) == len(ids) else loaded.decode(kept)).encode("utf-8", "replace"))
-            for text, ids, kept in zip(texts, whole, encoded, strict=True)
+            len((text if len(part) == len(ids) else loaded.decode(part)).encode("utf-8", "replace"))
+            for text, ids, part in zip(texts, whole, encoded, strict=True)
         )
-    return _Encoded(tokens, lengths, num_bytes, kept, skipped, len(documents))
+    keys = document_keys(documents[number].id for number in np.flatnonzero(is_kept))
+    return _Encoded(tokens, lengths, num_bytes, keys, is_kept, kept, skipped, len(documents))
 
 
 class _Template(string.Formatter):

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from t5style.corpus.document import Document, write_documents
@@ -155,3 +156,42 @@ def test_bad_settings_are_refused(run: Run, tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match="workers is 0"):
         Tokenize(workers=0)
     assert template_fields("{text} {meta[a]} {{literal}} {source!r:>5}") == ["text", "meta", "source"]
+
+
+def test_the_corpus_order_becomes_one_of_the_examples(run: Run, corpus: str) -> None:
+    order = np.random.default_rng(0).permutation(30)
+    np.save(pathlib.Path(corpus) / "train" / "order.npy", order)
+    store, _ = run()
+    assert store.curriculum("validation") is None
+    found = store.curriculum("train")
+    assert found is not None
+    assert found.tolist() == order.tolist()
+    # Every fifth document has no title: its examples are not there, and the others count anew.
+    titled, _ = run(features={"text": "{meta[title]}"}, workers=2)
+    found = titled.curriculum("train")
+    assert found is not None
+    texts = [titled.vocabulary.decode(ids) for ids in titled.examples("train", "text", found)]
+    assert texts == [f"t{n}" for n in order if n % 5]
+    # Other order, other training data: the fingerprint knows.
+    np.save(pathlib.Path(corpus) / "train" / "order.npy", order[::-1])
+    assert run()[0].fingerprint != store.fingerprint
+    (pathlib.Path(corpus) / "train" / "order.npy").unlink()
+    assert run()[0].fingerprint != store.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        (np.arange(29), "has 29 entries for 30"),
+        (np.r_[np.arange(29), 0], "must name each of 0 … 29 once"),
+        (np.arange(30) - 1, "must name each of 0 … 29 once"),
+        (np.arange(30.0), r"is float64 \[30\]; it must be int64"),
+        (np.arange(30)[None], r"is int64 \[1, 30\]; it must be"),
+        (b"no array", "cannot be read"),
+    ],
+)
+def test_an_order_that_is_none_is_refused(run: Run, corpus: str, order: Any, message: str) -> None:
+    path = pathlib.Path(corpus) / "train" / "order.npy"
+    path.write_bytes(order) if isinstance(order, bytes) else np.save(path, order)
+    with pytest.raises(UserError, match=f"train/order.npy {message}"):
+        run()
