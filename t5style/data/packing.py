@@ -93,6 +93,28 @@ def pack(lengths: np.ndarray, members: np.ndarray, limits: tuple[int, int], seed
     return Plan(offsets.astype(np.int64), np.concatenate(rows))
 
 
+def pack_in_order(lengths: np.ndarray, members: np.ndarray, limits: tuple[int, int]) -> Plan:
+    """Fills one row after the other with the members in the order in which they come (next fit).
+
+    Arguments and result are those of `pack`. Of one limit, at least half of the places are filled in any two
+    neighbouring rows.
+    """
+    members = np.asarray(members, np.int64)
+    before = np.concatenate([np.zeros((1, 2), np.int64), np.cumsum(lengths[members], axis=0)])  # [n + 1, 2]
+    # For each member, where a row that it begins ends: where the first of the two sides is full.
+    encoder, decoder = (
+        np.searchsorted(side, side[:-1] + limit, "right") - 1
+        for side, limit in zip(before.T, limits, strict=True)
+    )
+    ends = np.minimum(encoder, decoder)
+    if (ends <= np.arange(len(members))).any():
+        raise ValueError(f"An example is longer than the row's limits {limits}.")
+    next_row, offsets = ends.tolist(), [0]
+    while offsets[-1] < len(members):
+        offsets.append(next_row[offsets[-1]])
+    return Plan(np.array(offsets, np.int64), members)
+
+
 def _fit(
     sizes: np.ndarray, counts: np.ndarray, limits: tuple[int, int], scale: np.ndarray
 ) -> list[tuple[list[int], int]]:

@@ -1,7 +1,8 @@
 """The batch at step n, a pure function of (fingerprint, seed, n).
 
     rows     each task has a number of rows in an epoch: its windows, or its packed examples
-    order    grain: a seeded permutation of every epoch's rows, tasks interleaved by their rates
+    order    grain: a seeded permutation of every epoch's rows, or the task's own order; tasks interleaved by
+             their rates
     content  NumPy: the rows of a batch are read, corrupted, and laid out together
     hosts    last: host i of N makes the rows i * B/N … (i + 1) * B/N - 1 of the batch, and no others
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 
@@ -46,8 +48,9 @@ class BatchSource:
       architecture: "encoder_decoder" or "decoder_only".
       seed: of order, windows' offsets and corruption.
       pack: several supervised examples share a row; their segment ids keep them apart.
-      shuffle: a new order of rows for every epoch, and a fixed random one for evaluation, so that its first
-        batches are a fair sample of the split; False keeps the store's order.
+      shuffle: a new order of rows for every epoch, but where a task has an `order`; and a fixed random one
+        for evaluation, so that its first batches are a fair sample of the split. False keeps the store's
+        order, or the task's.
 
     Raises: UserError for a missing or unfinished store, an empty split, or stores of different vocabularies;
       ValueError for lengths that do not fit the objective.
@@ -123,10 +126,13 @@ class BatchSource:
         orders = []
         for number, (task, rows) in enumerate(zip(self.tasks, self._rows, strict=True)):
             order = grain.MapDataset.range(rows.train_rows).map_with_index(_Place(number))
-            if self.shuffle:
+            if rows.ordered_epochs < math.inf:
                 # grain adds the epoch to the seed: unrelated seeds must not be neighbours.
                 order = order.shuffle(seed=seed_of(self.seed, task.name, "order") & 0xFFFFFFFF)
-            orders.append(order.repeat(None))
+            order = order.repeat(None)
+            if rows.ordered_epochs == 1:
+                order = order.map_with_index(_FirstInOrder(number, rows.train_rows))
+            orders.append(order)
         return grain.MapDataset.mix(orders, weights=self.rates) if len(orders) > 1 else orders[0]
 
     # ------------------------------------------------------------------------------------------- what it is
@@ -140,7 +146,10 @@ class BatchSource:
         config = {
             "version": _VERSION,
             "tasks": [
-                [task.name, rows.store.fingerprint, rows.split, run_dir.canonical(task.objective)]
+                [
+                    *(task.name, rows.store.fingerprint, rows.split),
+                    *(run_dir.canonical(task.objective), *rows.order_identity),
+                ]
                 for task, rows in zip(self.tasks, self._rows, strict=True)
             ],
             "rates": self.rates,
@@ -266,6 +275,17 @@ class _Place:
 
     def __call__(self, index: int, element: int) -> tuple[int, int]:
         return self.task, index
+
+
+@dataclasses.dataclass(frozen=True)
+class _FirstInOrder:
+    """The rows of the first epoch one after the other, those of later epochs as they are."""
+
+    task: int
+    rows: int
+
+    def __call__(self, index: int, element: tuple[int, int]) -> tuple[int, int]:
+        return (self.task, index) if index < self.rows else element
 
 
 def empty_batch(rows: int, lengths: Mapping[str, int]) -> Batch:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import math
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from t5style.data import packing
+from t5style.data.curriculum import read_order
 from t5style.data.objectives import DECODER_ONLY, CausalLM, Examples, Supervised, Windowed, spread
 from t5style.data.random import RowRandom, seed_of
 from t5style.data.task import Task
@@ -24,6 +27,8 @@ class TaskRows:
     nothing left out.
 
     Attributes:
+      has_order: the task wants its examples in an order.
+      ordered_epochs: the epochs in which training's rows come in order rather than shuffled.
       train_rows, finite_rows: rows of one epoch, and rows that hold everything once.
       num_examples: the store's examples in the split (what a mixture's rates count).
       examples_per_epoch: windows, or supervised examples.
@@ -50,6 +55,10 @@ class TaskRows:
                 f"Task {task.name!r}: split {self.split!r} of token store {store.folder} is empty; "
                 "give it documents or use another split."
             )
+        order = task.split_order(split)
+        self.has_order = bool(order)
+        self.ordered_epochs = math.inf if not shuffle or order == "stored" else 1 if order else 0
+        self.order = self._read_order(order)
         self.statistics: dict[str, float] = {"examples": self.num_examples}
         if isinstance(self.objective, Windowed):
             self._prepare_windows(self.objective, lengths)
@@ -61,6 +70,30 @@ class TaskRows:
                 f"its store."
             )
 
+    def _read_order(self, order: str) -> np.ndarray | None:
+        """The examples in the order in which training is to see them: int64 [examples]; None for the
+        store's.
+        """
+        if order in ("", "stored"):
+            return None
+        if order != "curriculum":
+            return read_order(order, self.num_examples)
+        found = self.store.curriculum(self.split)
+        if found is None:
+            raise UserError(
+                f"Task {self.task.name!r} has order 'curriculum', but split {self.split!r} of token store "
+                f"{self.store.folder} has none: give the corpus an order and tokenize again, or name a .npy "
+                "file."
+            )
+        return found
+
+    @property
+    def order_identity(self) -> list[str]:
+        """What the fingerprint of the batches has to know of the order; empty where they are shuffled."""
+        if self.order is not None:
+            return ["first epoch in order", hashlib.sha256(self.order.astype("<i8").tobytes()).hexdigest()]
+        return ["stored"] if self.has_order else []
+
     # ---------------------------------------------------------------------------------------------- windows
 
     def _prepare_windows(self, objective: Windowed, lengths: Mapping[str, int]) -> None:
@@ -71,6 +104,10 @@ class TaskRows:
                 f"tokens "
                 f"in feature {objective.feature!r}."
             )
+        if self.order is not None:
+            lengths_in_order = self.store.lengths(self.split, objective.feature)[self.order]
+            self._starts = self.store.offsets(self.split, objective.feature)[self.order]
+            self._places = np.concatenate([[0], np.cumsum(lengths_in_order)])
         # A split shorter than one window is one window.
         self._window = min(objective.window(lengths, self.architecture, self.store.vocabulary), self._tokens)
         self.train_rows = self.examples_per_epoch = self._tokens // self._window
@@ -88,11 +125,11 @@ class TaskRows:
             starts = (self._offsets(epochs) + places * self._window) % self._tokens
             lengths = np.full(len(rows), self._window)
         carry_over = isinstance(objective, CausalLM) and objective.carry_over
-        previous = self._around(starts - 1, np.ones_like(starts)) if carry_over else None
+        previous = self._around(starts - 1, np.ones_like(starts), finite) if carry_over else None
         # The finite rows end with a shorter window; all others are equally long and handled at once.
         for length in np.unique(lengths):
             of_length = np.flatnonzero(lengths == length)
-            flat = self._around(starts[of_length], lengths[of_length])
+            flat = self._around(starts[of_length], lengths[of_length], finite)
             tokens = flat.reshape(len(of_length), length)  # [windows * length] -> [windows, length]
             # Evaluation has the same corruption whenever it is run, and another than training.
             random = RowRandom(seed_of(self.seed, "finite") if finite else self.seed, rows[of_length])
@@ -106,22 +143,34 @@ class TaskRows:
         """Where each epoch's first window begins: anywhere, so that no two epochs cut the text at the same
         places.
         """
-        if not self.shuffle:
-            return np.zeros_like(epochs)
-        return RowRandom(seed_of(self.seed, "offset"), epochs).integers(0, self._tokens)
+        offsets = RowRandom(seed_of(self.seed, "offset"), epochs).integers(0, self._tokens)
+        return np.where(epochs < self.ordered_epochs, 0, offsets)
 
-    def _around(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    def _around(self, starts: np.ndarray, lengths: np.ndarray, finite: bool) -> np.ndarray:
         """Tokens of ranges that may run over the split's end, where they go on at its beginning."""
-        feature = self.objective.feature  # type: ignore[union-attr]
         starts = starts % self._tokens
         ends = starts + lengths
         over = np.maximum(ends - self._tokens, 0)
         if not over.any():
-            return self.store.read(self.split, feature, starts, lengths)
+            return self._read_ranges(starts, lengths, finite)
         # Two pieces for each range, the second mostly empty.
         both_starts = np.stack([starts, np.zeros_like(starts)], axis=1).reshape(-1)
         both_lengths = np.stack([lengths - over, over], axis=1).reshape(-1)
-        return self.store.read(self.split, feature, both_starts, both_lengths)
+        return self._read_ranges(both_starts, both_lengths, finite)
+
+    def _read_ranges(self, starts: np.ndarray, lengths: np.ndarray, finite: bool) -> np.ndarray:
+        """Tokens of ranges of the split, training's with its examples put in order."""
+        feature = self.objective.feature  # type: ignore[union-attr]
+        if finite or self.order is None:
+            return self.store.read(self.split, feature, starts, lengths)
+        # A range becomes one piece of each example that it touches.
+        first = np.searchsorted(self._places, starts, "right") - 1
+        counts = np.maximum(np.searchsorted(self._places, starts + lengths, "left") - first, 0)
+        example = spread(first, counts)
+        begins = np.maximum(self._places[example], np.repeat(starts, counts))
+        ends = np.minimum(self._places[example + 1], np.repeat(starts + lengths, counts))
+        in_store = self._starts[example] + begins - self._places[example]
+        return self.store.read(self.split, feature, in_store, ends - begins)
 
     # ------------------------------------------------------------------------------------------- supervised
 
@@ -142,8 +191,9 @@ class TaskRows:
                 f"raise the "
                 "lengths, or set on_overlong to 'truncate' or 'drop'."
             )
-        dropped = cut if objective.on_overlong == "drop" else np.zeros_like(cut)
-        members = np.flatnonzero(~dropped)
+        dropped: np.ndarray = cut if objective.on_overlong == "drop" else np.zeros_like(cut)
+        members = np.arange(len(source)) if self.order is None else self.order
+        members = members[np.flatnonzero(~dropped[members])]
         if not len(members):
             raise UserError(
                 f"Task {self.task.name!r}: all {len(source)} examples of split {self.split!r} are longer "
@@ -159,7 +209,12 @@ class TaskRows:
         else:
             sizes = fitted
         # Packs stay together for the whole run; which ones make a batch changes with every epoch.
-        self._plan = packing.pack(sizes, members, limits, self.seed) if pack else packing.one_per_row(members)
+        if not pack:
+            self._plan = packing.one_per_row(members)
+        elif self.has_order:
+            self._plan = packing.pack_in_order(sizes, members, limits)
+        else:
+            self._plan = packing.pack(sizes, members, limits, self.seed)
         self.train_rows = self.finite_rows = self._plan.rows
         self.examples_per_epoch = len(members)
         encoder, decoder = packing.efficiency(sizes, limits, self._plan)

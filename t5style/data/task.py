@@ -23,6 +23,15 @@ class Task:
       postprocess: text → what the metrics compare, applied to targets and predictions (seqio:
         `postprocess_fn`).
       metrics: functions (targets, predictions) → {name: value}.
+      order: in what order training sees the split `train` (or split → order, for others):
+        "": shuffled by the seed, anew for every epoch.
+        "stored": as the examples are in the store, in every epoch.
+        "curriculum": from easy to hard in the first epoch, as the corpus ordered its documents
+        (`order.npy`), afterwards shuffled: the first pass over the data is the curriculum, what follows
+        learns from all of it (Bengio et al., "Curriculum learning", 2009, §2).
+        A path of a .npy file: the same, by the examples' indices in that file, int64 [examples].
+        Order is exact: windows are cut from the examples in that order, and rows of packed examples are
+        filled in that order, which packs a little less. In a mixture it holds for each task by itself.
     """
 
     name: str
@@ -31,10 +40,22 @@ class Task:
     splits: Mapping[str, str] | None = None
     postprocess: Callable[[str], Any] | None = None
     metrics: Sequence[MetricFn] = ()
+    order: str | Mapping[str, str] = ""
 
     def __post_init__(self) -> None:
         if not self.name:
             raise ValueError("A task needs a name that is not empty.")
+        for order in [self.order] if isinstance(self.order, str) else self.order.values():
+            if order not in ("", "stored", "curriculum") and not order.endswith(".npy"):
+                raise ValueError(
+                    f"Task {self.name!r} has order {order!r}; it must be '', 'stored', 'curriculum', or the "
+                    "path of a .npy file."
+                )
+
+    def split_order(self, split: str) -> str:
+        """The order in which training sees this split of the task."""
+        orders = {"train": self.order} if isinstance(self.order, str) else self.order
+        return orders.get(split, "")
 
     def store_split(self, split: str) -> str:
         """The store's name for the task's split."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -86,3 +88,30 @@ def test_many_different_lengths_still_fill_the_rows() -> None:
     plan = packing.pack(lengths, np.arange(count), (512, 114), 0)
     assert (np.add.reduceat(lengths[plan.members], plan.offsets[:-1]) <= (512, 114)).all()
     assert max(packing.efficiency(lengths, (512, 114), plan)) > 0.97
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 20), st.integers(1, 12)), min_size=0, max_size=80),
+    st.randoms(use_true_random=False),
+)
+def test_packing_in_order_keeps_the_order_and_fills_every_row(
+    sizes: list[tuple[int, int]], random: random.Random
+) -> None:
+    lengths = np.array(sizes, np.int64).reshape(-1, 2)
+    members = np.array(random.sample(range(len(sizes)), len(sizes) * 3 // 4), np.int64)
+    plan = packing.pack_in_order(lengths, members, (20, 12))
+    assert plan.members.tolist() == members.tolist()
+    # Row by row: what was taken fits, and the next example would not have fitted.
+    row: list[int] = []
+    rows = []
+    for member in members.tolist():
+        if (lengths[[*row, member]].sum(axis=0) > (20, 12)).any():
+            rows.append(row)
+            row = []
+        row.append(member)
+    rows += [row] if row else []
+    assert [part.tolist() for part in np.split(members, plan.offsets[1:-1]) if len(part)] == rows
+    if len(members):
+        with pytest.raises(ValueError, match="longer than the row's limits"):
+            packing.pack_in_order(lengths + 30, members, (20, 12))

@@ -50,3 +50,14 @@ def test_split_names() -> None:
         renamed.store_split("train")
     with pytest.raises(ValueError, match="needs a name"):
         Task("", "/nowhere", CausalLM())
+
+
+def test_orders() -> None:
+    plain = Task("t", "/nowhere", CausalLM())
+    assert plain.split_order("train") == ""
+    easy_first = Task("t", "/nowhere", CausalLM(), order="curriculum")
+    assert (easy_first.split_order("train"), easy_first.split_order("validation")) == ("curriculum", "")
+    other = Task("t", "/nowhere", CausalLM(), order={"test": "run:x/order.npy"})
+    assert (other.split_order("train"), other.split_order("test")) == ("", "run:x/order.npy")
+    with pytest.raises(ValueError, match=r"has order 'easy'; it must be '', 'stored', 'curriculum', or the"):
+        Task("t", "/nowhere", CausalLM(), order="easy")
