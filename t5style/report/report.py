@@ -8,12 +8,15 @@ import math
 import os
 from collections.abc import Mapping
 from importlib import resources
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from t5style import console
 from t5style.report import sections
 from t5style.report.stage import Stage, read_stage
 from t5style.run_dir import RunDir, UserError, atomic_write, now
+
+if TYPE_CHECKING:
+    import jinja2
 
 REPORT = "report.html"
 TEMPLATE = "report.html.jinja"
@@ -62,32 +65,47 @@ class Report:
 
 def render(title: str, summary: str, stages: list[Stage]) -> str:
     """The page as HTML text, with plotly.js inside."""
-    import jinja2
     from plotly.offline import get_plotlyjs
 
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    context = sections.build(stages)
+    charts = context.pop("charts")
+    return (
+        environment()
+        .get_template(TEMPLATE)
+        .render(
+            title=title,
+            summary=summary,
+            made=now(),
+            # Inside a script element nothing is escaped but the sign that could end it.
+            charts=json.dumps(charts, allow_nan=False).replace("<", "\\u003c"),
+            plotly=get_plotlyjs() if charts else "",
+            **context,
+        )
     )
-    environment.filters |= {
+
+
+def environment(autoescape: bool = True) -> jinja2.Environment:
+    """Reads this room's templates; what they show is escaped, but where they are no HTML."""
+    import jinja2
+
+    folder = resources.files("t5style.report")
+    result = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text()),
+        autoescape=autoescape,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    result.filters |= {
         "number": number,
         "size": size,
         "duration": console.duration,
         "percent": percent,
         "error": error,
         "signed": signed,
+        "rounded": sections.rounded,
     }
-    template = environment.from_string(resources.files("t5style.report").joinpath(TEMPLATE).read_text())
-    context = sections.build(stages)
-    charts = context.pop("charts")
-    return template.render(
-        title=title,
-        summary=summary,
-        made=now(),
-        # Inside a script element nothing is escaped but the sign that could end it.
-        charts=json.dumps(charts, allow_nan=False).replace("<", "\\u003c"),
-        plotly=get_plotlyjs() if charts else "",
-        **context,
-    )
+    return result
 
 
 def number(value: Any) -> str:
@@ -108,7 +126,9 @@ def number(value: Any) -> str:
 
 
 def percent(value: float) -> str:
-    """0.123 -> 12.3 %."""
+    """0.123 -> 12.3 %; what is not nothing is never shown as 0.0 %: 0.00042 -> 0.042 %."""
+    if 0 < abs(value) < 0.0005:
+        return f"{100 * value:.2g} %"
     return f"{100 * value:.1f} %"
 
 
