@@ -20,6 +20,7 @@ from typing import IO, Any
 import zstandard
 from etils import epath
 
+from t5style.corpus.locations import open_binary
 from t5style.run_dir import UserError, expand
 
 COLUMNS = ("text", "id", "source", "url", "license", "language", "time", "meta")
@@ -330,47 +331,42 @@ def _read_parquet(path: epath.Path) -> Iterator[Document]:
 
 
 class _ZstdReader(io.RawIOBase):
-    """What is inside a zstd file of one or more frames. Unlike zstandard's stream_reader, which ends
-    quietly, it raises EOFError where the file was cut off.
+    """What is inside a zstd file of one or more frames, in pieces of bounded size: a few bytes can stand for
+    gigabytes. Raises EOFError where the file was cut off, at which zstandard's stream_reader ends quietly.
     """
 
     def __init__(self, raw: IO[bytes]):
-        self._raw = raw
-        self._frame: Any = None
-        self._input = b""
-        self._output = b""
+        import pyarrow
+
+        self._inside = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        while not self._output:
-            self._input = self._input or self._raw.read(1 << 17)
-            if not self._input:
-                if self._frame is not None:
-                    raise EOFError("the file ends inside a zstd frame")
-                return 0
-            if self._frame is None:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
-            self._output = self._frame.decompress(self._input)
-            self._input = b""
-            if self._frame.eof:
-                self._input, self._frame = self._frame.unused_data, None
-        size = min(len(buffer), len(self._output))
-        buffer[:size] = self._output[:size]
-        self._output = self._output[size:]
-        return size
+        try:
+            data = self._inside.read(len(buffer))
+        except OSError as error:
+            if error.errno is not None:  # the file's own error, not Arrow's about what it holds
+                raise
+            if "runcated" in str(error):
+                raise EOFError("the file ends inside a zstd frame") from None
+            raise zstandard.ZstdError(str(error)) from None
+        buffer[: len(data)] = data
+        return len(data)
 
 
 @contextlib.contextmanager
 def open_lines(path: epath.PathLike) -> Iterator[IO[bytes]]:
-    """Opens a plain, .gz or .zst file as a binary stream of what is inside it; it can be iterated by line."""
-    path = epath.Path(path)
+    """Opens a plain, .gz or .zst file, local or of a store that fsspec knows, as a binary stream of what is
+    inside it; it can be iterated by line.
+    """
+    name = os.fspath(path)
     with contextlib.ExitStack() as stack:
-        raw = stack.enter_context(path.open("rb"))
-        if path.name.endswith(".gz"):
+        raw = stack.enter_context(open_binary(name))
+        if name.endswith(".gz"):
             yield stack.enter_context(gzip.GzipFile(fileobj=raw, mode="rb"))  # type: ignore[arg-type]
-        elif path.name.endswith(".zst"):
+        elif name.endswith(".zst"):
             yield stack.enter_context(io.BufferedReader(_ZstdReader(raw), 1 << 20))
         else:
             yield raw

@@ -4,8 +4,9 @@ import json
 import pytest
 import zstandard
 
+from t5style.corpus.cleaners import StripGutenberg, strip_gutenberg
 from t5style.corpus.document import Document, read_documents
-from t5style.corpus.sources import Files, JsonLines, Quarantined, Samples, TextFiles, strip_gutenberg
+from t5style.corpus.sources import Files, JsonLines, Quarantined, Samples, TextFiles
 from t5style.run_dir import UserError
 
 
@@ -48,7 +49,7 @@ def test_ids_do_not_depend_on_where_the_folder_lies_and_tell_files_apart(tmp_pat
     ("content", "reason", "position"),
     [
         (b"", "empty file", "byte 0"),
-        (b"good \xff bad", "not utf-8", "byte 5"),
+        ("schön und größer und müder ".encode() + b"\xff kaputt", "not utf-8", "byte 31"),
         (b"\x7fELF\x01\x00\x00", "binary file", "byte 5"),
         (b"x" * 101, "too large", "byte 100"),
     ],
@@ -67,6 +68,9 @@ def test_bad_text_files_are_quarantined_with_their_place(tmp_path, content, reas
 def test_other_encodings_are_read_when_named(tmp_path):
     (tmp_path / "x.txt").write_bytes("naïve".encode("latin-1"))
     assert read(TextFiles([str(tmp_path)], encoding="latin-1"))[0][0].text == "naïve"
+    documents, quarantined = read(TextFiles([str(tmp_path)], encoding="utf-8"))
+    assert documents == []
+    assert [(item.position, item.reason) for item in quarantined] == [("byte 2", "not utf-8")]
     (tmp_path / "x.txt").write_bytes("naïve".encode("utf-16"))
     assert read(TextFiles([str(tmp_path)], encoding="utf-16"))[0][0].text == "naïve"
 
@@ -99,9 +103,12 @@ def test_json_lines_take_known_fields_and_keep_the_rest(tmp_path):
     )
     documents, quarantined = read(source)
     assert quarantined == []
+    file = str(tmp_path / "x.jsonl")
+    second = len(json.dumps(records[0])) + 1
+    meta = {"file": file, "position": "line 1", "m": 1, "score": 0.5}
     assert documents == [
-        Document("one", "7", "s", "u", "L", "de", {"m": 1, "score": 0.5}),
-        Document("two", "s/x.jsonl:2", "s", "", "L", "en", {"language": 3}),
+        Document("one", "7", "s", "u", "L", "de", meta),
+        Document("two", f"s/x.jsonl:byte{second}", "s", "", "L", "en", {"file": file, "language": 3}),
     ]
 
 
@@ -148,7 +155,8 @@ def test_half_a_surrogate_pair_anywhere_in_json_reads_as_the_replacement_charact
         "source \ufffd",
         "url \ufffd",
         language="language \ufffd",
-        meta={"list \ufffd": ["\U0001f600", "\ufffd"], "key": "key \ufffd", "pair": "\U0001f600"},
+        meta={"file": str(tmp_path / "x.jsonl"), "position": "line 1"}
+        | {"list \ufffd": ["\U0001f600", "\ufffd"], "key": "key \ufffd", "pair": "\U0001f600"},
     )
 
 
