@@ -174,11 +174,11 @@ def responsible(card: Mapping[str, Any]) -> dict[str, Any]:
         terms["rai:dataPreprocessingProtocol"].append(
             f"{sum(dropped.values())} of the documents read were left out{_because(dropped)}"
         )
-    if (pii := card.get("pii")) is not None:
+    if searched(card):
         terms["rai:personalSensitiveInformation"] = [
-            f"{kind}: {counts['found']} found in {counts['documents']} documents"
-            for kind, counts in pii.items()
-        ] or ["The search for personal information found none."]
+            f"{kind}: {counts['found']} found in {counts['documents']} of the documents kept"
+            for kind, counts in (card.get("pii") or {}).items()
+        ] or ["The search for personal information found none in the documents kept."]
     if languages := card.get("languages"):
         total = max(sum(row["bytes"] for row in languages.values()), 1)
         terms["rai:dataBiases"] = [
@@ -198,6 +198,12 @@ def responsible(card: Mapping[str, Any]) -> dict[str, Any]:
             f"{max(entry['time'] for entry in erased)}."
         )
     return terms
+
+
+def searched(card: Mapping[str, Any]) -> bool:
+    """Whether a stage looked for personal data: that none was found says nothing otherwise."""
+    stages = card.get("stages_table") or ()
+    return bool(card.get("pii")) or any(row["name"].startswith("Redact") and row["in"] for row in stages)
 
 
 def _protocol(row: Mapping[str, Any]) -> str:

@@ -4,9 +4,10 @@
     croissant.json      the same for machines (croissant.py)
     README.md           a dataset card as the Hugging Face Hub reads it
 
-It reads data_card.json, dropped.jsonl, quarantine.jsonl and clusters.jsonl: summaries and examples, so that
-its cost does not grow with the corpus. Only checksums need the documents' files (croissant.py). A document
-may hold anything: all text is escaped, and the page's content security policy forbids scripts and fetching.
+It reads data_card.json, timings.json, dropped.jsonl, quarantine.jsonl and clusters.jsonl: summaries and
+examples, so that its cost does not grow with the corpus. Only checksums need the documents' files
+(croissant.py). A document may hold anything: all text is escaped, and the page's content security policy
+forbids scripts and fetching.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ CLUSTERS = 12  # groups of duplicates shown
 COPIES = 2  # copies of each compared with the one that was kept
 ROWS = 15  # of a table before the rest is folded away
 MORE_ROWS = 400  # in the folded part
-NGRAMS = 25
+NGRAMS = 20
 # Lines read of the files of examples: enough for every reason, and seconds at most.
 LINES = 100_000
 CLUSTER_LINES = 2_000
@@ -49,7 +50,7 @@ _EMAIL = re.compile(r"[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,8}")
 _NUMBER = re.compile(r"\+?\d(?:[ ().-]{0,2}\d){8,40}")  # nine digits or more: dates stay
 
 # What a card of before these were counted says about them.
-_DEFAULTS: dict[str, Any] = {"cut_in_two": 0, "quarantined": 0, "extends": None, "erased": ()}
+_DEFAULTS: dict[str, Any] = {"cut_in_two": 0, "copies": 0, "quarantined": 0, "extends": None, "erased": ()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +101,9 @@ def write(folder: PathLike) -> epath.Path:
             f"{run.path} has no data_card.json, so no corpus was prepared there: name another folder"
         )
     context = build(stage, _DEFAULTS | card)
-    page = environment().get_template("data_report.html.jinja").render(context)
+    html = environment()
+    html.filters["short"] = pictures.short
+    page = html.get_template("data_report.html.jinja").render(context)
     facts = {name: context[name] for name in ("description", "version", "date", "citation")}
     metadata = croissant.describe(run.path, card, stage.name, facts)
     for name, text in (
@@ -115,7 +118,7 @@ def write(folder: PathLike) -> epath.Path:
 
 def build(stage: Stage, card: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that the templates show."""
-    stages = [_stage(row) for row in card.get("stages_table") or ()]
+    stages = stage_rows(stage, card)
     seconds = sum(row["seconds"] for row in stages)
     for row in stages:
         row["time"] = row["seconds"] / seconds if seconds else 0.0
@@ -130,19 +133,17 @@ def build(stage: Stage, card: Mapping[str, Any]) -> dict[str, Any]:
         "kept_bytes": _total(card, "bytes"),
         "kept_characters": _total(card, "characters"),
         "dropped": sum((card.get("dropped") or {}).values()),
+        "seconds": (stage.json("timings.json") or card).get("seconds"),
         "stages": stages,
-        "cpu_seconds": seconds,
+        "stage_seconds": seconds,
         "stream": pictures.stream(stages),
         "reasons": reasons,
         "tables": tables(card),
-        "histograms": [
-            figure
-            for name, counts in (card.get("histograms") or {}).items()
-            if (figure := pictures.histogram(name.replace("_", " "), counts))
-        ],
+        "histograms": measures(card),
         "duplicates": duplicates(stage, card),
         "ngrams": ngrams(card),
         "pii": sorted((card.get("pii") or {}).items(), key=lambda item: -item[1]["found"]),
+        "searched": croissant.searched(card),
         "quarantine": quarantine(stage, card),
         "lineage": lineage,
         "settings": sections.tree(card["stages"]) if card.get("stages") else "",
@@ -158,19 +159,54 @@ def build(stage: Stage, card: Mapping[str, Any]) -> dict[str, Any]:
     return context
 
 
-def _stage(row: Mapping[str, Any]) -> dict[str, Any]:
-    lost = row["in"] - row["kept"]
-    seconds, read = row.get("seconds") or 0.0, row.get("bytes_in") or 0
-    return dict(row) | {
-        "lost": lost,
-        "share": lost / max(row["in"], 1),
-        "dropped": row.get("dropped") or {},
-        "changed": row.get("changed") or 0,
-        "seconds": seconds,
-        "speed": read / 1e6 / seconds if seconds and read else None,
-        "bytes_in": row.get("bytes_in"),
-        "bytes_out": row.get("bytes_out"),
-    }
+def stage_rows(stage: Stage, card: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What each stage did, in order. Times lie in a file of their own: the card has none."""
+    timings = (stage.json("timings.json") or {}).get("stages", {})
+    rows: list[dict[str, Any]] = []
+    for index, row in enumerate(card.get("stages_table") or ()):
+        dropped = row.get("dropped") or {}
+        came, kept = row["in"], row["kept"]
+        if not came and dropped:  # it was told of no more than what it left out
+            came = rows[-1]["kept"] if rows else card["documents_in"]
+            kept = came - sum(dropped.values())
+        seconds = row.get("seconds") or timings.get(f"{index} {row['name']}") or 0.0
+        amount = row.get("bytes_in") or row.get("characters") or 0
+        rows.append(
+            {
+                "name": row["name"],
+                "in": came,
+                "kept": kept,
+                "lost": came - kept,
+                "share": (came - kept) / max(came, 1),
+                "dropped": dropped,
+                "changed": row.get("changed") or 0,
+                "seconds": seconds,
+                "amount": amount,
+                "unit": "B" if row.get("bytes_in") else "characters",
+                "speed": amount / 1e6 / seconds if seconds and amount else None,
+            }
+        )
+    return rows
+
+
+def measures(card: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Histograms: sizes and scores first, then what differs most between the documents read and kept."""
+
+    def rank(item: tuple[str, Mapping[str, Any]]) -> tuple[bool, float, str]:
+        name, counts = item
+        sums = [max(sum(counts[key]), 1) for key in ("read", "kept")]
+        pairs = zip(counts["read"], counts["kept"], strict=True)
+        moved = sum(abs(read / sums[0] - kept / sums[1]) for read, kept in pairs)
+        first = name in ("characters", "words", "language_probability") or "score" in name
+        return not first, -moved, name
+
+    # A sample may have been measured: the pictures are scaled to all documents.
+    kept = max(card["documents_in"] - sum((card.get("dropped") or {}).values()), 0)
+    return [
+        figure
+        for name, counts in sorted((card.get("histograms") or {}).items(), key=rank)
+        if (figure := pictures.histogram(name.replace("_", " "), counts, card["documents_in"], kept))
+    ]
 
 
 def _total(card: Mapping[str, Any], unit: str) -> int:
@@ -182,10 +218,7 @@ def tiles(context: Mapping[str, Any]) -> list[tuple[str, str]]:
     card = context["card"]
     found = [
         (f"{card['documents']:,}", "documents kept"),
-        (
-            percent(card["documents"] / max(card["documents_in"] + card.get("cut_in_two", 0), 1)),
-            "of those read",
-        ),
+        (percent(1 - context["dropped"] / max(card["documents_in"], 1)), "of those read"),
         (size(context["kept_bytes"]), "of text"),
     ]
     for table, word in (("languages", "language"), ("sources", "source")):
@@ -197,8 +230,9 @@ def tiles(context: Mapping[str, Any]) -> list[tuple[str, str]]:
     if context["pii"]:
         found.append((f"{sum(row['found'] for _, row in context['pii']):,}", "pieces of personal data found"))
     found.append((f"{card.get('quarantined', 0):,}", "unreadable files or records"))
-    if card.get("mb_per_second") and card.get("seconds"):
-        found.append((f"{card['mb_per_second']:.3g} MB/s", f"in {console.duration(card['seconds'])}"))
+    if seconds := context["seconds"]:
+        speed = card["bytes_in"] / 1e6 / seconds
+        found.append((f"{speed:.3g} MB/s", f"read in {console.duration(seconds)}"))
     return found
 
 
@@ -229,7 +263,13 @@ def findings(context: Mapping[str, Any]) -> list[str]:
             found.append(
                 f"The split {name} has only {row['documents']} document{plural}: figures on it are rough."
             )
-    idle = [row["name"] for row in context["stages"] if row["in"] and not row["lost"] and not row["changed"]]
+    if context["stages"] and not context["searched"]:
+        found.append("No stage looked for personal data.")
+    idle = [
+        row["name"]
+        for row in context["stages"]
+        if row["in"] and not row["lost"] and not row["changed"] and "Reading" not in row["name"]
+    ]
     if idle:
         found.append(f"Left out and changed nothing: {', '.join(idle)}.")
     return found[:8]
@@ -273,7 +313,7 @@ def why(stage: Stage, card: Mapping[str, Any], stages: list[dict[str, Any]]) -> 
     counts: dict[tuple[str, str], int] = {}
     for row in stages:
         for reason, n in row["dropped"].items():
-            counts[row["name"], reason] = n
+            counts[row["name"], reason] = counts.get((row["name"], reason), 0) + n
     told = collections.Counter(reason for _, reason in counts)
     counts |= {("", reason): n for reason, n in (card.get("dropped") or {}).items() if not told[reason]}
     ranked = sorted(((n, *key) for key, n in counts.items() if n), key=lambda item: -item[0])

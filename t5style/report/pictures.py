@@ -14,7 +14,9 @@ _TICKS = 6
 _HEIGHT = 100.0
 
 
-def histogram(name: str, counts: Mapping[str, Sequence[float]]) -> dict[str, Any] | None:
+def histogram(
+    name: str, counts: Mapping[str, Sequence[float]], documents_in: int, documents_kept: int
+) -> dict[str, Any] | None:
     """Documents read and kept over the same bins; None if nothing was counted.
 
     Every bin is as wide as the next one in the picture, so bins that grow by a factor make a logarithmic
@@ -23,20 +25,26 @@ def histogram(name: str, counts: Mapping[str, Sequence[float]]) -> dict[str, Any
     Args:
       name: what was measured.
       counts: "edges" (k + 1 ascending numbers; the outermost may be infinite), "read" and "kept" (k counts
-        each).
+        each, of all documents or of samples).
+      documents_in, documents_kept: how many there are in all: what the areas are in proportion to.
 
     Returns:
       "bins", their number; "read" and "kept", outlines as SVG paths, x in bins and y in 0 (top) ... 100;
-      "ticks", pairs (x in percent, label); "top", the share of its documents in the fullest bin;
+      "ticks", pairs (x in percent, label); "top", the share of the documents read at the top;
       "medians", of read and kept.
     """
-    read, kept = list(counts["read"]), list(counts["kept"])
     edges = _finite(counts["edges"])
-    if len(read) != len(kept) or len(edges) != len(read) + 1 or not sum(read):
+    if len(edges) != len(counts["read"]) + 1 or not sum(counts["read"]):
         return None
-    filled = [i for i, (r, k) in enumerate(zip(read, kept, strict=True)) if r or k]
+    pairs = zip(counts["read"], counts["kept"], strict=True)
+    filled = [i for i, pair in enumerate(pairs) if any(pair)]
     first, last = filled[0], filled[-1] + 1
-    read, kept, edges = read[first:last], kept[first:last], edges[first : last + 1]
+    edges = edges[first : last + 1]
+    kept_share = documents_kept / max(documents_in, 1)
+    read, kept = (
+        [share * n / (sum(counts[key]) or 1) for n in counts[key][first:last]]
+        for key, share in (("read", 1.0), ("kept", kept_share))
+    )
     top = max(*read, *kept)
     return {
         "name": name,
@@ -44,8 +52,8 @@ def histogram(name: str, counts: Mapping[str, Sequence[float]]) -> dict[str, Any
         "read": _outline(read, top),
         "kept": _outline(kept, top),
         "ticks": [(100 * _place(value, edges) / len(read), short(value)) for value in _ticks(edges)],
-        "top": top / sum(read),
-        "medians": (short(_median(read, edges)), short(_median(kept, edges)) if sum(kept) else "–"),
+        "top": top,
+        "medians": tuple(short(_median(side, edges)) if sum(side) else "–" for side in (read, kept)),
     }
 
 

@@ -103,7 +103,6 @@ def environment(autoescape: bool = True) -> jinja2.Environment:
         "percent": percent,
         "error": error,
         "signed": signed,
-        "rounded": sections.rounded,
     }
     return result
 

@@ -47,7 +47,7 @@ STAGES = [
     ),
     ("C4", {"curly bracket": 0.018, "lorem ipsum": 0.0004, "fewer than 3 sentences": 0.02}, 0.44, 9.0, 0.96),
     ("QualityClassifier", {"quality below 0.3": 0.09}, 0.0, 12.0, 1.0),
-    ("RedactPII", {}, 0.05, 5.0, 1.0),
+    ("Redact", {}, 0.05, 5.0, 1.0),
     ("ExactDuplicates", {"duplicate": 0.046}, 0.0, 200.0, 1.0),
     ("NearDuplicates", {"near-duplicate": 0.087}, 0.0, 15.0, 1.0),
     ("Decontaminate", {}, 0.0, 25.0, 1.0),
@@ -315,7 +315,7 @@ def test_page_tells_what_the_card_says(corpus):
         "1,000,000 documents (6.1 GB of text) were read and 354,600",
         "GopherQuality left out most: 178,000 documents, 22.4 % of what reached it",
         "−178,000 22.4 %",
-        "ExtractHtml took 49.5 % of the processor time",
+        "ExtractHtml took 49.5 % of the time",
         "17 reasons for leaving documents out; the commonest: fewer than 50 words",
         "121,000 12.1 %",
         "400 0.04 %",  # not 0.0 %
@@ -349,7 +349,6 @@ SECTIONS = {
     "stages_table": "stages",
     "histograms": "measures",
     "ngrams": "ngrams",
-    "pii": "personal",
     "clusters": "duplicates",
     "quarantined": "quarantine",
 }
@@ -368,7 +367,7 @@ def rewritten(folder, change):
 )
 def test_what_was_not_counted_is_left_out(tmp_path, key):
     page = rewritten(tmp_path / "out", lambda card: {name: card[name] for name in card if name != key})
-    expected = {*SECTIONS.values(), "top", "reasons", "content", "lineage"} - {SECTIONS.get(key)}
+    expected = {*SECTIONS.values(), "top", "reasons", "content", "lineage", "personal"} - {SECTIONS.get(key)}
     assert set(page.ids) == expected
     if key == "stages_table":  # reasons are known without the stages; their examples too
         assert "fewer than 50 words" in page.shown
@@ -405,14 +404,84 @@ def test_everything_dropped_nothing_read_and_odd_texts(tmp_path):
         return card | {"documents_in": 0, "documents": 0, "dropped": {}, "pii": {}, "clusters": {"sizes": {}}}
 
     page = rewritten(tmp_path / "none", nothing)
-    assert {"measures", "duplicates", "reasons"} & set(page.ids) == set()
-    assert "No personal data was found" in page.shown
+    assert {"measures", "duplicates", "reasons", "personal"} & set(page.ids) == set()
 
     run, _, _ = make_corpus(tmp_path / "odd", 5_000, shards=False)
     write_lines(
         run.path / "dropped.jsonl", [{"reason": "no text", "text": "half \ud83d pair", "detail": None}]
     )
     assert "half ? pair" in data_report.write(run.path).read_text()
+
+
+def test_no_personal_data_is_said_only_where_it_was_looked_for(tmp_path):
+    page = rewritten(tmp_path / "looked", lambda card: card | {"pii": {}})
+    assert "No personal data was found" in page.shown
+    assert "No stage looked for personal data." not in page.shown
+    metadata = json.loads((tmp_path / "looked" / "croissant.json").read_text())
+    assert "found none" in metadata["rai:personalSensitiveInformation"][0]
+
+    def without(card):
+        return card | {"pii": {}, "stages_table": [r for r in card["stages_table"] if r["name"] != "Redact"]}
+
+    page = rewritten(tmp_path / "not", without)
+    assert "personal" not in page.ids
+    assert "No stage looked for personal data." in page.shown
+    metadata = json.loads((tmp_path / "not" / "croissant.json").read_text())
+    assert "rai:personalSensitiveInformation" not in metadata
+
+
+def test_times_of_their_own_file_sampling_and_copies(tmp_path):
+    """As a preparation leaves them: times apart, characters for bytes, and a last row that only drops."""
+
+    def change(card):
+        rows = card["stages_table"]
+        for row in rows:
+            row["characters"] = row.pop("bytes_in")
+            del row["seconds"], row["bytes_out"]
+        left = rows[-1]["kept"]
+        rows.append({"name": "Sampling", "in": 0, "kept": 0, "changed": 0, "characters": 0})
+        rows[-1]["dropped"] = {"left out by sampling": 100}
+        card["dropped"]["left out by sampling"] = 100
+        stages = {f"{i} {row['name']}": float(row["name"] == "C4") + 1 for i, row in enumerate(rows)}
+        timings = {"stages": stages, "seconds": 100.0}
+        (tmp_path / "out" / "timings.json").write_text(json.dumps(timings))
+        return card | {"documents": left - 100 + 60, "copies": 60, "seconds": 1, "mb_per_second": 1}
+
+    page = rewritten(tmp_path / "out", change)
+    assert "60 of them copies that sampling made" in page.shown
+    assert "C4 took 14.3 % of the time" in page.shown
+    assert "M characters/s" in page.shown
+    assert "Sampling 1,774 1,674 100 5.6 %" in page.shown
+    assert "1,674 come out" in page.shown
+    assert "33.5 % of those read" in page.shown  # 1,674 of 5,000, copies not counted
+    assert "0.305 MB/s read in 1 min 40 s" in page.shown
+
+
+def test_pictures_of_samples_are_to_the_scale_of_all_documents():
+    counts = {"edges": [0, 1, 2], "read": [30, 10], "kept": [10, 10]}
+    picture = pictures.histogram("x", counts, 4_000, 2_000)
+    assert picture["read"] == "M0 100V0.00H1V66.67H2V100Z"  # 3,000 and 1,000
+    assert picture["kept"] == "M0 100V66.67H1V66.67H2V100Z"  # 1,000 and 1,000
+    assert picture["top"] == 0.75
+    assert picture["medians"] == ("0.667", "1")
+
+
+def test_many_measures_are_ranked_and_folded(tmp_path):
+    def change(card):
+        plain = card["histograms"]["quality_score"]
+        same = plain | {"kept": plain["read"]}
+        more = {f"share_{k}": same for k in range(8)} | {
+            "share_moved": card["histograms"]["mean_word_length"]
+        }
+        return card | {"histograms": more | card["histograms"]}
+
+    shown = rewritten(tmp_path / "out", change).shown
+    assert "7 more measures" in shown
+    order = [
+        shown.index(f"{name}: median") for name in ("Words", "Mean word length", "Share moved", "Share 0")
+    ]
+    assert order == sorted(order)
+    assert shown.index("Share moved: median") < shown.index("7 more measures")
 
 
 def test_examples_do_not_show_addresses_and_numbers():
@@ -455,7 +524,7 @@ def test_croissant_gives_the_documents_back(corpus):
         assert set(read[0]) == set(croissant.COLUMNS) - {"meta"}
     metadata = dataset.metadata
     assert metadata.license == ["CC-BY-SA-4.0", "PSF-2.0", "Apache-2.0"]
-    assert "EMAIL: 9000 found in 7000 documents" in metadata.personal_sensitive_information
+    assert "EMAIL: 9000 found in 7000 of the documents kept" in metadata.personal_sensitive_information
     assert metadata.data_collection.startswith("1000000 documents (6100000000 bytes of text) were read")
     assert metadata.data_limitations[0].startswith(
         f"The licence of {card['licenses']['unknown']['documents']} of"
@@ -561,7 +630,7 @@ def test_histogram_keeps_proportions(read, data):
     edges = edges_of(low, low + data.draw(st.floats(1e-3, 1e6)), len(read), False)
     if data.draw(st.booleans()) and len(read) > 1:
         edges = [0.0, *edges_of(1, 10 ** data.draw(st.integers(1, 9)), len(read) - 1, True)]
-    picture = pictures.histogram("x", {"edges": edges, "read": read, "kept": kept})
+    picture = pictures.histogram("x", {"edges": edges, "read": read, "kept": kept}, sum(read), sum(kept))
     if not sum(read):
         assert picture is None
         return
@@ -582,7 +651,8 @@ def test_axes_have_round_numbers():
     def labels(edges, first=0):
         n = len(edges) - 1
         ones = [0] * first + [1] * (n - first)
-        return [t for _, t in pictures.histogram("x", {"edges": edges, "read": ones, "kept": ones})["ticks"]]
+        picture = pictures.histogram("x", {"edges": edges, "read": ones, "kept": ones}, n, n)
+        return [label for _, label in picture["ticks"]]
 
     assert labels(edges_of(0, 1, 40, False)) == ["0", "0.2", "0.4", "0.6", "0.8", "1"]
     assert labels(edges_of(0, 20, 40, False)) == ["0", "5", "10", "15", "20"]
