@@ -89,13 +89,13 @@ class JsonLines(FileSource):
             with open_lines(path) as file:
                 if start:
                     file.seek(start - 1)
-                    at = start - 1 + _skip_line(file)
+                    at = start - 1 + _skip_line(file, start - 1, end)
                 while (end is None or at < end) and (line := file.readline(self.max_bytes + 1)):
                     number += 1
                     length = len(line)
                     if length > self.max_bytes and not line.endswith(b"\n"):
                         yield Quarantined(path, place(), "too large", f"over {self.max_bytes} bytes")
-                        length += _skip_line(file)
+                        length += _skip_line(file, at + length, end)
                     elif line.strip():
                         if at == 0:
                             line = line.removeprefix(codecs.BOM_UTF8)
@@ -110,12 +110,13 @@ class JsonLines(FileSource):
             yield Quarantined(path, f"after line {number}", "broken compression", detail)
 
 
-def _skip_line(file: IO[bytes]) -> int:
-    """Reads on past the end of the line; returns the number of bytes read."""
+def _skip_line(file: IO[bytes], at: int, end: int | None) -> int:
+    """Reads on from byte ``at`` past the end of the line, or to ``end``; returns the number of bytes read."""
     length = 0
-    while piece := file.readline(_STEP):
+    while end is None or at + length < end:
+        piece = file.readline(_STEP if end is None else min(_STEP, end - at - length))
         length += len(piece)
-        if piece.endswith(b"\n"):
+        if not piece or piece.endswith(b"\n"):
             break
     return length
 
