@@ -1,9 +1,10 @@
 """A linear text classifier over hashed n-grams: what it is, how it is fitted, and the stage that uses it.
 
-The model is fastText's (Joulin et al. 2016, "Bag of Tricks for Efficient Text Classification") with its hidden
-layer left out, which for two classes changes nothing that can be expressed: each n-gram of words or characters has
-one weight, found by its hash, and a text's margin is their sum over the square root of their number. The square
-root, as of a vector of length 1, rather than fastText's mean keeps long texts apart from short ones.
+The model is fastText's (Joulin et al. 2016, "Bag of Tricks for Efficient Text Classification") with its
+hidden layer left out, which for two classes changes nothing that can be expressed: each n-gram of words or
+characters has one weight, found by its hash, and a text's margin is their sum over the square root of their
+number. The square root, as of a vector of length 1, rather than fastText's mean keeps long texts apart from
+short ones.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class Features:
 
     Attributes:
       words: longest n-gram of words; 0 for none.
-      characters: shortest and longest n-gram of characters within a word; (0, 0) for none. Texts without spaces
-        between words live from these.
+      characters: shortest and longest n-gram of characters within a word; (0, 0) for none. Texts without
+        spaces between words live from these.
       bits: there are 2**bits weights of 4 bytes. Two n-grams may share one.
     """
 
@@ -52,8 +53,8 @@ class Features:
         )
         if not valid:
             raise UserError(
-                "Features.characters must be the shortest and the longest n-gram, 1 to 8, or (0, 0) for none, "
-                f"not {self.characters!r}"
+                "Features.characters must be the shortest and the longest n-gram, 1 to 8, or (0, 0) for "
+                f"none, not {self.characters!r}"
             )
         if not self.words and not self.characters[1]:
             raise UserError("Features has neither words nor characters: a text would be made of nothing")
@@ -149,8 +150,10 @@ class Classifier:
                 manifest["label"],
                 Features(**features),
                 weights,
-                *(float(manifest[name]) for name in ("bias", "slope", "intercept")),
-                facts=manifest["facts"],
+                float(manifest["bias"]),
+                float(manifest["slope"]),
+                float(manifest["intercept"]),
+                manifest["facts"],
             )
             whole = manifest["fingerprint"] == result.fingerprint and weights.shape == (
                 2 ** features["bits"],
@@ -159,13 +162,13 @@ class Classifier:
             raise UserError(f"the classifier in {folder} cannot be read ({error}): train it again") from error
         if version != _VERSION:
             raise UserError(
-                f"the classifier in {folder} has features of version {version}, this program those of version "
-                f"{_VERSION}: train it again"
+                f"the classifier in {folder} has features of version {version}, this program those of "
+                f"version {_VERSION}: train it again"
             )
         if not whole:
             raise UserError(
-                f"the classifier in {folder} is damaged: {WEIGHTS} and {MODEL} do not belong together; copy both "
-                "again"
+                f"the classifier in {folder} is damaged: {WEIGHTS} and {MODEL} do not belong together; copy "
+                "both again"
             )
         return result
 
@@ -240,8 +243,8 @@ def fit(
 def calibrate(margins: np.ndarray, targets: np.ndarray, importance: np.ndarray) -> tuple[float, float]:
     """Platt's sigmoid: the slope and intercept that make margins of unseen examples probabilities.
 
-    Targets are drawn in from 0 and 1 as Platt (1999, section 2.2) does, which keeps the slope finite where the
-    classes do not overlap; Newton's steps are damped as in Lin, Lin and Weng (2007).
+    Targets are drawn in from 0 and 1 as Platt (1999, section 2.2) does, which keeps the slope finite where
+    the classes do not overlap; Newton's steps are damped as in Lin, Lin and Weng (2007).
 
     Args:
       margins, targets, importance: float64 [examples]; targets 0 or 1.

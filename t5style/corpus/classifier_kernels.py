@@ -8,16 +8,16 @@ from typing import Any
 import numba
 import numpy as np
 
-# FNV-1a (RFC 9923), 64 bits, one start for each family of features; Knuth's multiplier spreads the sums over the
-# top bits, of which the index is made.
+# FNV-1a (RFC 9923), 64 bits, one start for each family of features; Knuth's multiplier spreads the sums over
+# the top bits, of which the index is made.
 _WORD = np.uint64(0xCBF29CE484222325)
 _CHARACTERS = np.uint64(0x84222325CBF29CE4)
 _PRIME = np.uint64(0x100000001B3)
 _SPREAD = np.uint64(0x9E3779B97F4A7C15)
 _SPACE = np.uint64(32)
 
-# What a byte belongs to: 0 white space, 1 a word (letters, digits, anything beyond ASCII), 2 other signs, 3 line
-# ends.
+# What a byte belongs to: 0 white space, 1 a word (letters, digits, anything beyond ASCII), 2 other signs, 3
+# line ends.
 _KIND = np.full(256, 2, np.uint8)
 _KIND[:33] = 0
 _KIND[127] = 0
@@ -162,8 +162,8 @@ def train(  # type: ignore[no-untyped-def]
 def smallest_shingle(text, words):  # type: ignore[no-untyped-def]
     """The smallest hash of any ``words`` words in a row (Broder 1997), of all words where there are fewer.
 
-    Two texts have the same with the probability that is the Jaccard similarity of their sets of such runs. Signs,
-    white space and digits do not count.
+    Two texts have the same with the probability that is the Jaccard similarity of their sets of such runs.
+    Signs, white space and digits do not count.
     """
     past = np.zeros(words, np.uint64)
     seen = 0

@@ -21,8 +21,8 @@ import numpy as np
 
 from t5style import console
 from t5style.corpus.classifier import Classifier, Features, calibrate, fit, sigmoid
-from t5style.corpus.document import Document, read_documents
-from t5style.corpus.sources import Files, Part, Quarantined, Source
+from t5style.corpus.document import Document
+from t5style.corpus.sources import Files, Quarantined, Source
 from t5style.run_dir import RunDir, UserError, atomic_write
 
 _FEATURES = Features()
@@ -37,9 +37,9 @@ _THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 class TrainClassifier:
     """Learns to tell good documents from bad ones, and measures it on examples held out.
 
-    Examples are dealt out by their text (the smallest hash of five words in a row), so that two that are nearly
-    the same land on the same side, whatever else is added. The classes have the same weight in learning,
-    however many examples there are of each.
+    Examples are dealt out by their text (the smallest hash of five words in a row), so that two that are
+    nearly the same land on the same side, whatever else is added. The classes have the same weight in
+    learning, however many examples there are of each.
 
     Attributes:
       good, bad: sources, or files, folders or patterns of documents (Parquet or JSON lines) or text.
@@ -120,20 +120,20 @@ class TrainClassifier:
         held_out = side < self.holdout
         calibrating = ~held_out & (side < self.holdout + self.calibration)
         learning = ~held_out & ~calibrating
-        for name, chosen in (("learn from", learning), ("calibrate", calibrating), ("measure", held_out)):
+        for purpose, chosen in (("learn from", learning), ("calibrate", calibrating), ("measure", held_out)):
             for target, kind in ((1, self.score_of), (0, "bad" if self.score_of == "good" else "good")):
                 if not (found := int((targets[chosen] == target).sum())):
                     raise UserError(
-                        f"of the {kind} examples {found} are left to {name}: they are too few, or too much like "
-                        "each other; give more, or set holdout and calibration otherwise"
+                        f"of the {kind} examples {found} are left to {purpose}: they are too few, or too "
+                        "much like each other; give more, or set holdout and calibration otherwise"
                     )
-        chosen = np.flatnonzero(learning)
-        with console.progress("training", self.epochs * len(chosen), unit="examples") as progress:
+        learners = np.flatnonzero(learning)
+        with console.progress("training", self.epochs * len(learners), unit="examples") as progress:
             weights, bias = fit(
-                [texts[index] for index in chosen],
-                targets[chosen],
+                [texts[index] for index in learners],
+                targets[learners],
                 self.features,
-                importance=_balance(targets[chosen], 0.5),
+                importance=_balance(targets[learners], 0.5),
                 epochs=self.epochs,
                 learning_rate=self.learning_rate,
                 seed=self.seed,
@@ -193,8 +193,8 @@ class TrainClassifier:
                 del found[key]
             if len(found) < _LEAST:
                 raise UserError(
-                    f"{len(found)} different {name} examples are too few to learn from and to measure on: give "
-                    f"at least {_LEAST}, better some thousands"
+                    f"{len(found)} different {name} examples are too few to learn from and to measure on: "
+                    f"give at least {_LEAST}, better some thousands"
                 )
         return [example for found in classes.values() for _, example in sorted(found.items())], counts
 
@@ -254,8 +254,7 @@ class TrainClassifier:
         other = "bad" if self.score_of == "good" else "good"
         counts = facts["measured_on"]
         console.table(
-            f"{self.label}: {counts[self.score_of]:,} {self.score_of} and {counts[other]:,} {other} documents held "
-            "out",
+            f"{self.label}: {counts[self.score_of]:,} {self.score_of} and {counts[other]:,} {other} held out",
             ["figure", "value", "95 % interval"],
             [
                 (name, evaluation[name], "{:.4g} to {:.4g}".format(*evaluation["intervals"][name]))
@@ -289,12 +288,8 @@ class _Example:
 
 def _documents(sources: Sequence[Source | str]) -> Iterator[Document | Quarantined]:
     for source in sources:
-        parts: list[Part] = (Files([source]) if isinstance(source, str) else source).parts()
-        for part in parts:
-            if isinstance(source, str) and part.path.endswith(".parquet"):
-                yield from read_documents(part.path)
-            else:
-                yield from part.read()
+        for part in (Files([source]) if isinstance(source, str) else source).parts():
+            yield from part.read()
 
 
 def _side(text: str, seed: int) -> float:
@@ -327,11 +322,11 @@ def measure(scores: np.ndarray, targets: np.ndarray, prior: float = 0.5, seed: i
       seed: of the bootstrap.
 
     Returns:
-      precision, recall, specificity, accuracy (intervals: Wilson 1927), f1 (bootstrap percentiles) at score 0.5,
-      roc_auc (interval: Hanley and McNeil 1982), the Brier score and the expected calibration error over ten bins
-      (both with class 1 weighing ``prior``), ``confusion``, and ``thresholds``: a row per threshold, ``kept`` being
-      the share of all examples at or above it. Precision, F1 and accuracy depend on the classes' shares among the
-      examples.
+      precision, recall, specificity, accuracy (intervals: Wilson 1927), f1 (bootstrap percentiles) at score
+      0.5, roc_auc (interval: Hanley and McNeil 1982), the Brier score and the expected calibration error over
+      ten bins (both with class 1 weighing ``prior``), ``confusion``, and ``thresholds``: a row per threshold,
+      ``kept`` being the share of all examples at or above it. Precision, F1 and accuracy depend on the
+      classes' shares among the examples.
     """
     positive = targets > 0.5
     found = scores >= 0.5
@@ -398,7 +393,7 @@ def wilson(part: int, whole: int, z: float = 1.96) -> tuple[float, float]:
 
 def roc_auc(scores: np.ndarray, targets: np.ndarray) -> float:
     """Probability that an example of class 1 scores more than one of class 0, ties counting half."""
-    values, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
     ranks = np.cumsum(counts) - (counts - 1) / 2
     positive = targets > 0.5
     n = int(positive.sum())
