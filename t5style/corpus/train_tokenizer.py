@@ -15,6 +15,7 @@ from etils import epath
 
 from t5style import console
 from t5style.corpus.document import Document, document_files, read_documents
+from t5style.corpus.measure_vocabulary import held_out, measure, write_report
 from t5style.corpus.vocabulary import (
     ByteVocabulary,
     CharacterVocabulary,
@@ -25,9 +26,10 @@ from t5style.run_dir import RunDir, UserError
 
 _KINDS = ("unigram", "bpe", "character", "byte")
 _ALWAYS = 3 + 256 + 2  # special tokens, bytes, line feed and tab
+# SentencePiece's spaces, and the names that it and T5 give to other ids.
+_NO_SYMBOL = re.compile(r"[\s\u2581\0]|^(<pad>|</?s>|<unk>|<extra_id_\d+>|<0x[0-9A-F]{2}>)$")
 # SentencePiece's own limit is 4,192 bytes, above which it silently skips a sentence: lines are cut below it.
 _PASSAGE_CHARACTERS = 1000
-_HELD_OUT_CHARACTERS = 2_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,8 @@ class TrainTokenizer:
         others are spelt in bytes. The default fits alphabets; for texts with thousands of signs take 0.9995.
       sample_characters: characters to learn from. Passages are drawn from all of the training split, each
         with the same chance, when it holds more; so many characters are in memory.
+      user_defined_symbols: strings that are always one token ("unigram" and "bpe"), such as the marks of a
+        chat template. Wherever they stand in a text, they are it: choose what no other text says.
       seed: of the draw.
       split: split to learn from.
       held_out_split: split to measure on; the training split where it is not there.
@@ -61,6 +65,7 @@ class TrainTokenizer:
     extra_ids: int = 100
     character_coverage: float = 0.9999
     sample_characters: int = 50_000_000
+    user_defined_symbols: Sequence[str] = ()
     seed: int = 0
     split: str = "train"
     held_out_split: str = "validation"
@@ -73,45 +78,65 @@ class TrainTokenizer:
             raise UserError(f"kind must be one of {', '.join(_KINDS)}, not {self.kind!r}")
         if self.extra_ids < 0:
             raise UserError(f"extra_ids must be 0 or more, not {self.extra_ids}")
-        least = _ALWAYS + self.extra_ids + 1
+        self._check_symbols()
+        least = _ALWAYS + len(self.user_defined_symbols) + self.extra_ids + 1
         if self.kind in ("unigram", "bpe") and self.vocab_size < least:
             raise UserError(
                 f"vocab_size must be at least {least} (3 special tokens, 256 bytes, 2 white space, "
-                f"extra_ids={self.extra_ids} sentinels and something to learn), not {self.vocab_size}"
+                f"extra_ids={self.extra_ids} sentinels, {len(self.user_defined_symbols)} "
+                f"user_defined_symbols and something to learn), not {self.vocab_size}"
             )
         if not 0 < self.character_coverage <= 1:
             raise UserError(f"character_coverage must lie in (0, 1], not {self.character_coverage}")
         if self.sample_characters < 1 or self.threads < 1:
             raise UserError("sample_characters and threads must be 1 or more")
 
+    def _check_symbols(self) -> None:
+        symbols = self.user_defined_symbols
+        if isinstance(symbols, str):
+            raise UserError(f"user_defined_symbols must be a list of strings, not the string {symbols!r}")
+        if symbols and self.kind not in ("unigram", "bpe"):
+            raise UserError(f"kind={self.kind!r} has no user_defined_symbols, only 'unigram' and 'bpe' do")
+        if len(set(symbols)) < len(symbols):
+            raise UserError(f"user_defined_symbols names one twice: {list(symbols)}")
+        for symbol in symbols:
+            if not symbol or _NO_SYMBOL.search(symbol):
+                raise UserError(
+                    f"user_defined_symbols has {symbol!r}: it must not be empty, hold white space, U+2581 "
+                    "or U+0000, or be a special token (<pad>, </s>, <unk>, <extra_id_0>, <0x00>)"
+                )
+
     def inputs(self) -> Sequence[str]:
         return [self.corpus]
 
     def __call__(self, run: RunDir) -> dict[str, Any]:
-        """Writes vocabulary.json (and spm.model) into ``run.path``.
+        """Writes vocabulary.json (and spm.model) and vocabulary_report.json into ``run.path``.
 
         Returns:
-          Figures: vocab_size, fingerprint, and on held-out text bytes_per_token, characters_per_token,
-          fertility (tokens per word; words are runs of letters, digits or other signs between white space),
-          the share of tokens that are single bytes (SentencePiece) or unknown (characters).
+          Figures: vocab_size, fingerprint, and those of ``measure_vocabulary.measure`` on held-out text.
 
         Raises:
           UserError: there is no corpus, or the sample does not hold enough different text for vocab_size.
+          RuntimeError: a SentencePiece vocabulary does not give a text back as it was.
         """
         corpus = epath.Path(self.corpus)
         folder = corpus / self.split
         document_files(folder)  # fails here, with a clear message, where there is no corpus
         vocabulary = self._train(folder)
         vocabulary.save(run.path)
-        held_out = corpus / self.held_out_split
-        place = held_out if held_out.is_dir() else folder
+        place = held_out(corpus, self.held_out_split, self.split)
+        report = measure(vocabulary, read_documents(place))
+        if isinstance(vocabulary, SentencePieceVocabulary) and report["changed"]:
+            raise RuntimeError(
+                f"the vocabulary does not give document {report['first_changed']!r} back as it was; please "
+                "report this"
+            )
         figures = {
             "kind": self.kind,
             "vocab_size": vocabulary.vocab_size,
             "extra_ids": vocabulary.extra_ids,
             "fingerprint": vocabulary.fingerprint,
-            "measured_on": place.name,
-            **measure(vocabulary, read_documents(place)),
+            **write_report(run, report, place.name),
         }
         console.say(
             f"vocabulary of {vocabulary.vocab_size:,} ids in {run.path}: "
@@ -157,7 +182,7 @@ class TrainTokenizer:
                 byte_fallback=True,
                 split_digits=True,
                 # Passages are lines, so these two would otherwise be spelt in bytes.
-                user_defined_symbols=["\n", "\t"],
+                user_defined_symbols=["\n", "\t", *self.user_defined_symbols],
                 character_coverage=self.character_coverage,
                 max_sentence_length=16 * _PASSAGE_CHARACTERS,
                 num_threads=self.threads,
@@ -234,37 +259,3 @@ def sample_passages(documents: Iterator[Document], characters: int, seed: int) -
             while held - len(heap[0][2]) >= characters:
                 held -= len(heapq.heappop(heap)[2])
     return [passage for _, _, passage in sorted(heap, key=lambda entry: entry[1])]
-
-
-def measure(
-    vocabulary: Vocabulary, documents: Iterator[Document], characters: int = _HELD_OUT_CHARACTERS
-) -> dict[str, float | int]:
-    """How well a vocabulary fits: see ``TrainTokenizer.__call__``. Reads up to so many characters.
-
-    Raises:
-      RuntimeError: a SentencePiece vocabulary of this package did not give a text back as it was.
-    """
-    tokens = size = seen = words = special = 0
-    for document in documents:
-        text = document.text[: characters - seen]
-        ids = vocabulary.encode(text)
-        tokens += len(ids)
-        seen += len(text)
-        size += len(text.encode())
-        words += len(re.findall(r"\w+|[^\w\s]+", text))
-        if isinstance(vocabulary, SentencePieceVocabulary):
-            special += sum(map(vocabulary.is_byte, ids))
-            if vocabulary.decode(ids) != text:
-                raise RuntimeError(f"the vocabulary does not give document {document.id!r} back as it was")
-        else:
-            special += ids.count(vocabulary.unk_id)
-        if seen >= characters:
-            break
-    name = "byte_token_share" if isinstance(vocabulary, SentencePieceVocabulary) else "unknown_share"
-    return {
-        "held_out_tokens": tokens,
-        "bytes_per_token": size / max(tokens, 1),
-        "characters_per_token": seen / max(tokens, 1),
-        "fertility": tokens / max(words, 1),
-        name: special / max(tokens, 1),
-    }

@@ -12,6 +12,7 @@ sentinels.
 from __future__ import annotations
 
 import abc
+import functools
 import hashlib
 import json
 import re
@@ -74,6 +75,11 @@ class Vocabulary(abc.ABC):
         ids = [self.extra_ids, self.pad_id, self.eos_id, self.unk_id, self.bos_id]
         head = json.dumps([self.kind, *ids]).encode()
         return hashlib.sha256(head + b"\0" + self.content).hexdigest()[:16]
+
+    @property
+    def byte_ids(self) -> frozenset[int]:
+        """Ids that stand for single bytes of characters which have no id."""
+        return frozenset()
 
     @abc.abstractmethod
     def _encode(self, text: str) -> list[int]:
@@ -175,9 +181,7 @@ class Vocabulary(abc.ABC):
         return {}
 
     def save(self, folder: epath.PathLike) -> None:
-        """Writes vocabulary.json and, where there is one, spm.model or tokenizer.json; ``load`` reads
-        them.
-        """
+        """Writes vocabulary.json and, where there is one, spm.model or tokenizer.json, for ``load``."""
         folder = epath.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in self._files().items():
@@ -243,12 +247,12 @@ class SentencePieceVocabulary(Vocabulary):
         return {"spm.model": self._model}
 
     def piece(self, token: int) -> str:
-        """The piece behind an id below base_size, with U+2581 for a space."""
+        """The piece of an id below base_size, with U+2581 for a space."""
         return str(self._processor.id_to_piece(int(token)))
 
-    def is_byte(self, token: int) -> bool:
-        """Whether an id below base_size stands for a single byte."""
-        return bool(self._processor.is_byte(int(token)))
+    @functools.cached_property
+    def byte_ids(self) -> frozenset[int]:
+        return frozenset(filter(self._processor.is_byte, range(self._size)))
 
     def _encode(self, text: str) -> list[int]:
         if self._mark_ids is not None and _SPACE_MARK in text:
@@ -409,6 +413,11 @@ class TokenizerVocabulary(Vocabulary):
 
     def _files(self) -> dict[str, bytes]:
         return {"tokenizer.json": self._json}
+
+    @functools.cached_property
+    def byte_ids(self) -> frozenset[int]:
+        ids = map(self._tokenizer.token_to_id, (f"<0x{byte:02X}>" for byte in range(256)))
+        return frozenset(token for token in ids if token is not None)
 
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)

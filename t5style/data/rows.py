@@ -191,7 +191,7 @@ class TaskRows:
                 f"raise the "
                 "lengths, or set on_overlong to 'truncate' or 'drop'."
             )
-        dropped: np.ndarray = cut if objective.on_overlong == "drop" else np.zeros_like(cut)
+        dropped = np.asarray(cut & (objective.on_overlong == "drop"))
         members = np.arange(len(source)) if self.order is None else self.order
         members = members[np.flatnonzero(~dropped[members])]
         if not len(members):

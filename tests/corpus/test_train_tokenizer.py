@@ -1,13 +1,14 @@
 import collections
 import subprocess
 import sys
+import tracemalloc
 
 import pytest
 
 from t5style.corpus.document import Document, read_documents, write_documents
 from t5style.corpus.sources import Samples
-from t5style.corpus.train_tokenizer import TrainTokenizer, measure, passages, sample_passages
-from t5style.corpus.vocabulary import CharacterVocabulary, SentencePieceVocabulary, load
+from t5style.corpus.train_tokenizer import TrainTokenizer, passages, sample_passages
+from t5style.corpus.vocabulary import SentencePieceVocabulary, load
 from t5style.run_dir import RunDir, UserError
 
 
@@ -140,29 +141,65 @@ def test_the_sample_is_bounded_and_fair():
     assert sample_passages(iter([Document("a\x00b\nc", "x")]), 100, 0) == ["c"]
 
 
-def test_measure_finds_a_vocabulary_that_loses_text(monkeypatch, corpus):
-    job = TrainTokenizer(corpus, vocab_size=400, kind="bpe")
-    vocabulary = SentencePieceVocabulary(
-        job._train_sentencepiece(["the lazy dog and the quick fox"] * 30), 100
-    )
+def test_a_vocabulary_that_loses_text_is_found(monkeypatch, corpus, tmp_path):
     monkeypatch.setattr(SentencePieceVocabulary, "decode", lambda self, ids: "something else")
-    with pytest.raises(RuntimeError, match="does not give document 'x' back"):
-        measure(vocabulary, iter([Document("text", "x")]))
+    first = next(iter(read_documents(f"{corpus}/validation"))).id
+    with pytest.raises(RuntimeError, match=f"does not give document {first!r} back"):
+        run(TrainTokenizer(corpus, vocab_size=1000, sample_characters=50_000), tmp_path)
 
 
-def test_measure_counts_words_and_unknowns():
-    figures = measure(CharacterVocabulary("ab "), iter([Document("ab, ba", "x"), Document("c", "y")]))
-    assert figures["held_out_tokens"] == 7
-    assert figures["fertility"] == pytest.approx(7 / 4)  # words: "ab", ",", "ba", "c"
-    assert figures["unknown_share"] == pytest.approx(2 / 7)
-    assert (
-        measure(CharacterVocabulary("ab"), iter([Document("abab", "x")]), characters=3)["held_out_tokens"]
-        == 3
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_user_defined_symbols_are_one_token_wherever_they_stand(corpus, tmp_path, kind):
+    symbols = ["<|user|>", "日本", "[7]", "http://"]
+    job = TrainTokenizer(
+        corpus, kind=kind, vocab_size=1500, sample_characters=100_000, user_defined_symbols=symbols
     )
+    run(job, tmp_path)
+    vocabulary = load(tmp_path)
+    assert vocabulary.vocab_size == 1500
+    for symbol in symbols:
+        (token,) = vocabulary.encode(symbol)
+        assert vocabulary.piece(token) == symbol
+        text = f"a {symbol}{symbol}x 2{symbol} "
+        ids = vocabulary.encode(text)
+        assert ids.count(token) == 3
+        assert vocabulary.decode(ids) == text
+
+
+@pytest.mark.parametrize(
+    "symbol", ["", "two words", "a\n", "\u2581x", "\0", "</s>", "<unk>", "<pad>", "<extra_id_7>", "<0x0A>"]
+)
+def test_symbols_that_cannot_be_are_refused(symbol):
+    with pytest.raises(UserError, match=r"user_defined_symbols has .* must not be empty, hold white space"):
+        TrainTokenizer(user_defined_symbols=["<|user|>", symbol])
+
+
+def test_wrong_lists_of_symbols_are_refused():
+    with pytest.raises(UserError, match="must be a list of strings, not the string '<a>'"):
+        TrainTokenizer(user_defined_symbols="<a>")
+    with pytest.raises(UserError, match="names one twice"):
+        TrainTokenizer(user_defined_symbols=["<a>", "<a>"])
+    with pytest.raises(UserError, match="kind='byte' has no user_defined_symbols"):
+        TrainTokenizer(kind="byte", user_defined_symbols=["<a>"])
+    with pytest.raises(UserError, match=r"must be at least 363 .* 1 user_defined_symbols"):
+        TrainTokenizer(vocab_size=362, user_defined_symbols=["<a>"])
+
+
+def test_sampling_holds_no_more_than_the_sample():
+    def peak(documents):
+        line = "some words of a line that is neither short nor long, eighty characters in all..."
+        source = (Document("\n".join([line] * 1000), str(n)) for n in range(documents))
+        tracemalloc.start()
+        sample_passages(source, 200_000, 0)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    assert peak(64) < 1.5 * peak(16) < 4_000_000
 
 
 def test_the_room_starts_light():
-    modules = "document vocabulary sources stages normalize split prepare train_tokenizer"
+    modules = "document vocabulary sources stages normalize split prepare train_tokenizer measure_vocabulary"
     code = (
         f"import sys\nfor m in '{modules}'.split(): __import__('t5style.corpus.' + m)\n"
         "heavy = ('jax', 'tensorflow', 'torch', 'pyarrow', 'sentencepiece', 'tokenizers')\n"

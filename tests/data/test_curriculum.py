@@ -126,7 +126,7 @@ def test_windows_are_cut_from_the_examples_in_order(
     assert batch["decoder_input_tokens"].reshape(-1).tolist() == [0, *stream[: rows * length - 1].tolist()]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(any),
     st.integers(1, 40),
