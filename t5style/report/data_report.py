@@ -225,7 +225,13 @@ def tiles(context: Mapping[str, Any]) -> list[tuple[str, str]]:
         names = [name for name in card.get(table) or {} if name != "unknown"]
         if names:
             found.append((f"{len(names):,}", word + ("s" if len(names) > 1 else "")))
-    if copies := sum(row["count"] for row in context["reasons"] if "duplicate" in row["reason"]):
+    # "duplicate 5-grams" are inside one document: the stage tells, and without stages the reason alone.
+    copies = sum(
+        row["count"]
+        for row in context["reasons"]
+        if "Duplicate" in row["stage"] or (not row["stage"] and row["reason"].endswith("duplicate"))
+    )
+    if copies:
         found.append((f"{copies:,}", "duplicates removed"))
     if context["pii"]:
         found.append((f"{sum(row['found'] for _, row in context['pii']):,}", "pieces of personal data found"))
@@ -252,7 +258,9 @@ def findings(context: Mapping[str, Any]) -> list[str]:
     for table, word in (("licenses", "licence"), ("languages", "language")):
         unknown = (card.get(table) or {}).get("unknown")
         if unknown and unknown["bytes"] > 0.01 * size_of:
-            found.append(f"The {word} of {percent(unknown['bytes'] / size_of)} of the text is not known.")
+            share = unknown["bytes"] / size_of
+            part = f"{percent(share)} of the text" if share < 0.9995 else "the text"
+            found.append(f"The {word} of {part} is not known.")
     sources = card.get("sources") or {}
     for name, row in sources.items():
         if len(sources) > 1 and row["bytes"] > 0.9 * size_of:
@@ -265,13 +273,6 @@ def findings(context: Mapping[str, Any]) -> list[str]:
             )
     if context["stages"] and not context["searched"]:
         found.append("No stage looked for personal data.")
-    idle = [
-        row["name"]
-        for row in context["stages"]
-        if row["in"] and not row["lost"] and not row["changed"] and "Reading" not in row["name"]
-    ]
-    if idle:
-        found.append(f"Left out and changed nothing: {', '.join(idle)}.")
     return found[:8]
 
 
@@ -291,7 +292,7 @@ def tables(card: Mapping[str, Any]) -> list[dict[str, Any]]:
         shown = [(name, row, row["bytes"] / total) for name, row in rows[: ROWS + MORE_ROWS]]
         name, _, share = shown[0]
         known = [name for name, _ in rows if name != "unknown"]
-        title = f"{len(known):,} {many if len(known) != 1 else one}"
+        title = f"{len(known):,} {many if len(known) != 1 else one}" if known else f"No {one} is known"
         if len(rows) > 1:
             title += f"; {name} is {percent(share)} of the text"
         found.append(
@@ -398,7 +399,8 @@ def duplicates(stage: Stage, card: Mapping[str, Any]) -> dict[str, Any] | None:
 def _cluster(line: Mapping[str, Any]) -> dict[str, Any]:
     kept = line["kept"]
     pairs = []
-    for copy in line["dropped"][:COPIES]:
+    different_texts = {str(copy.get("text", "")): copy for copy in reversed(line["dropped"])}
+    for copy in list(different_texts.values())[::-1][:COPIES]:
         left, right, different = diff.sides(
             *(masked(str(document.get("text", ""))) for document in (kept, copy))
         )
