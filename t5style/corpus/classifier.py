@@ -14,6 +14,8 @@ import functools
 import hashlib
 import io
 import json
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -158,7 +160,7 @@ class Classifier:
             whole = manifest["fingerprint"] == result.fingerprint and weights.shape == (
                 2 ** features["bits"],
             )
-        except (ValueError, KeyError, TypeError, AttributeError, OSError, EOFError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, *_BROKEN) as error:
             raise UserError(f"the classifier in {folder} cannot be read ({error}): train it again") from error
         if version != _VERSION:
             raise UserError(
@@ -174,6 +176,7 @@ class Classifier:
 
 
 _NONE = np.empty(0, np.uint32)
+_BROKEN = (EOFError, zipfile.BadZipFile, zlib.error)
 
 
 def _bytes(text: str) -> np.ndarray:

@@ -68,7 +68,7 @@ def scan(text, words, least, most, bits, weights, out, record):  # type: ignore[
         gram = token
         for back in range(min(words, seen + 1)):
             if back:
-                gram = (gram ^ past[(seen - back) % words]) * _SPREAD
+                gram = (gram * _PRIME ^ past[(seen - back) % words]) * _SPREAD
             index = (gram * _SPREAD) >> shift
             total += weights[index]
             if record:

@@ -116,7 +116,7 @@ class TrainClassifier:
         examples, counts = self._examples()
         texts = [example.text for example in examples]
         targets = np.array([example.target for example in examples])
-        side = np.array([_side(text, self.seed) for text in texts])
+        side = np.array([side(text, self.seed) for text in texts])
         held_out = side < self.holdout
         calibrating = ~held_out & (side < self.holdout + self.calibration)
         learning = ~held_out & ~calibrating
@@ -292,7 +292,7 @@ def _documents(sources: Sequence[Source | str]) -> Iterator[Document | Quarantin
             yield from part.read()
 
 
-def _side(text: str, seed: int) -> float:
+def side(text: str, seed: int) -> float:
     """Where a text lands between 0 and 1."""
     from t5style.corpus import classifier_kernels as kernels
 

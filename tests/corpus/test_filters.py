@@ -361,7 +361,7 @@ PROSE = (
         (PROSE + "\nWe use cookies.", None),
         ("Lorem Ipsum dolor sit amet", "placeholder text"),
         ("https://example.com/a-very-long-address/indeed http://b.example/ see", "mostly urls"),
-        ("A rather long line, with many words, that ends at www.e.example\n" * 5 + "Fin", "mostly lines with links"),
+        ("Such a line, of so many words, will come to end in www.e.example\n" * 5, "mostly lines with links"),
         ("We use cookies.\nPlease enable JavaScript.\nAll rights reserved\nHello", "mostly notices"),
         ("hotel paris cheapest rooms hotel paris hotel booking " * 12, "keyword stuffing"),
         ("Buy now! Free shipping, limited time only. Click here to subscribe now. " * 4, "calls to act"),
