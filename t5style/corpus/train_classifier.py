@@ -116,9 +116,9 @@ class TrainClassifier:
         examples, counts = self._examples()
         texts = [example.text for example in examples]
         targets = np.array([example.target for example in examples])
-        side = np.array([side(text, self.seed) for text in texts])
-        held_out = side < self.holdout
-        calibrating = ~held_out & (side < self.holdout + self.calibration)
+        sides = np.array([side(text, self.seed) for text in texts])
+        held_out = sides < self.holdout
+        calibrating = ~held_out & (sides < self.holdout + self.calibration)
         learning = ~held_out & ~calibrating
         for purpose, chosen in (("learn from", learning), ("calibrate", calibrating), ("measure", held_out)):
             for target, kind in ((1, self.score_of), (0, "bad" if self.score_of == "good" else "good")):
