@@ -218,7 +218,7 @@ def make_corpus(folder, documents_in=1_000_000, shards=True, seed=0):
     )
     groups = []
     for k in range(60):
-        text = text_of(rng, 300)
+        text = (HOSTILE if k == 1 else "") + text_of(rng, 300)
         near = text.split()
         for _ in range(k % 9):
             near[rng.randrange(len(near))] = rng.choice(("brook", "lantern", "<i>ink</i>"))
