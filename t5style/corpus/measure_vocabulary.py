@@ -28,6 +28,7 @@ from t5style.run_dir import RunDir, UserError, atomic_write, fingerprint
 REPORT = "vocabulary_report.json"
 CHARACTERS = 1_000_000
 _READ_CHARACTERS = 200_000_000  # after so many in all, no further language is waited for
+_SHOWN = 30  # languages in the table on the console
 _ENOUGH_WORDS = 500  # of a language, to compare its fertility with that of others
 # Thai, Lao, Burmese, Khmer, kana, CJK ideographs: written without spaces between words.
 _UNSPACED = (
@@ -171,7 +172,9 @@ def write_report(run: RunDir, report: dict[str, Any], measured_on: str) -> dict[
     ]
     columns = ["language", "documents", "words", "tokens per word", "continued words", "characters per token"]
     columns += ["bytes per token", "byte tokens", "unknown"]
-    console.table(f"vocabulary on {measured_on}", columns, rows)
+    console.table(f"vocabulary on {measured_on}", columns, rows[:_SHOWN])
+    if len(rows) > _SHOWN:
+        console.say(f"{len(rows) - _SHOWN} more languages are in {run.path / REPORT}")
     if "fertility_ratio" in report:
         console.say(
             f"fertility differs {report['fertility_ratio']:.2f}-fold: {report['fertility_worst']} is split "

@@ -49,7 +49,8 @@ class TrainTokenizer:
       character_coverage: share of the sample's characters that become pieces ("unigram" and "bpe"); the
         others are spelt in bytes. The default fits alphabets; for texts with thousands of signs take 0.9995.
       sample_characters: characters to learn from. Passages are drawn from all of the training split, each
-        with the same chance, when it holds more; so many characters are in memory.
+        with the same chance, when it holds more. The sample is all that is in memory: 50 million
+        characters in lines of usual length take 0.3 GB, and training on them 1.4 GB ("unigram").
       user_defined_symbols: strings that are always one token ("unigram" and "bpe"), such as the marks of a
         chat template. Wherever they stand in a text, they are it: choose what no other text says.
       seed: of the draw.

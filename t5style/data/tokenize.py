@@ -95,7 +95,7 @@ class Tokenize:
 
     def __call__(self, run: RunDir) -> dict[str, Any]:
         vocabulary = vocabulary_lib.load(self.vocabulary)
-        folders = self._split_folders()
+        folders = split_folders(self.corpus, self.splits)
         # A store that is still here was finished, but the run was not recorded as done: make it anew.
         (epath.Path(run.path) / MANIFEST).unlink(missing_ok=True)
         figures: dict[str, Any] = {}
@@ -137,25 +137,6 @@ class Tokenize:
             "fingerprint": manifest["fingerprint"],
             "vocab_size": vocabulary.vocab_size,
         }
-
-    def _split_folders(self) -> dict[str, epath.Path]:
-        corpus = epath.Path(self.corpus)
-        if not corpus.exists():
-            raise UserError(f"There is no corpus at {self.corpus}; prepare one, or correct the path.")
-        found: dict[str, epath.Path] = {}
-        if corpus.is_dir():
-            for child in sorted(corpus.iterdir()):
-                if child.is_dir() and child.name[0] != "." and any(child.glob("documents-*")):
-                    found[child.name] = child
-        if not found:
-            document_files(self.corpus)  # raises where there are none
-            found = {"train": corpus}
-        if self.splits is None:
-            return found
-        for split in self.splits:
-            if split not in found:
-                raise UserError(f"Corpus {self.corpus} has no split {split!r}, only {', '.join(found)}.")
-        return {split: found[split] for split in self.splits}
 
     def _tokenize_split(
         self, split: str, folder: epath.Path, writer: TokenStoreWriter, sources: collections.Counter[str]
@@ -228,6 +209,31 @@ class _Encoded:
     sources: collections.Counter[str]
     skipped: collections.Counter[str]
     documents: int
+
+
+def split_folders(path: str, splits: Sequence[str] | None = None) -> dict[str, epath.Path]:
+    """The folders of documents of a corpus's splits (all of them, or these); one folder or file of documents
+    is the split `train`.
+
+    Raises: UserError where there is no corpus, or no such split.
+    """
+    corpus = epath.Path(path)
+    if not corpus.exists():
+        raise UserError(f"There is no corpus at {path}; prepare one, or correct the path.")
+    found: dict[str, epath.Path] = {}
+    if corpus.is_dir():
+        for child in sorted(corpus.iterdir()):
+            if child.is_dir() and child.name[0] != "." and any(child.glob("documents-*")):
+                found[child.name] = child
+    if not found:
+        document_files(path)  # raises where there are none
+        found = {"train": corpus}
+    if splits is None:
+        return found
+    for split in splits:
+        if split not in found:
+            raise UserError(f"Corpus {path} has no split {split!r}, only {', '.join(found)}.")
+    return {split: found[split] for split in splits}
 
 
 def template_fields(template: str) -> list[str]:
