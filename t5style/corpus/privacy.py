@@ -23,32 +23,23 @@ import functools
 import hashlib
 import hmac
 import ipaddress
-import math
+import itertools
 import os
 import pathlib
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
-from t5style.corpus import privacy_checks as checks
 from t5style.corpus import privacy_patterns as patterns
 from t5style.corpus.document import Document
+from t5style.corpus.privacy_find import LONGEST, Plan, candidates, rules_of
+from t5style.corpus.privacy_find import Span as Span
 from t5style.corpus.privacy_patterns import KINDS
 from t5style.corpus.stages import Drop
 from t5style.run_dir import UserError
 
-_BEFORE, _AFTER = 48, 16
 _KEY_BYTES = 16
-
-
-class Span(NamedTuple):
-    """Where something is: ``text[start:end]``, and what."""
-
-    start: int
-    end: int
-    kind: str
 
 
 def find(
@@ -99,8 +90,8 @@ class Redact:
       private_addresses: replace IP addresses of private, loopback and other special networks too.
       pseudonyms: the same value gets the same placeholder throughout every corpus with this key, and another
         value another one: ``<EMAIL_ADDRESS_3f2a91bc04de>`` (48 bits of HMAC-SHA256).
-      key: where the secret key of the pseudonyms is, never the key itself: "env:NAME" or "file:PATH". With the
-        key, who has a value can tell whether it is in the corpus.
+      key: where the secret key of the pseudonyms is, never the key itself: "env:NAME" or "file:PATH". Who
+        has the key and a value can tell whether the value is in the corpus.
     """
 
     kinds: Sequence[str] = KINDS
@@ -114,7 +105,7 @@ class Redact:
         if self.pseudonyms:
             _read_key(self.key)
 
-    def _plan(self) -> _Plan:
+    def _plan(self) -> Plan:
         countries = None if self.countries is None else tuple(self.countries)
         return _plan(tuple(self.kinds), countries, self.private_addresses)
 
@@ -146,43 +137,14 @@ def _read_key(key: str) -> bytes:
             raise UserError(f"Redact.key: cannot read {name}: {error}") from error
     if len(value) < _KEY_BYTES:
         raise UserError(
-            f"Redact.pseudonyms need a key of {_KEY_BYTES} bytes or more in {key!r}, which holds {len(value)}; "
-            "make one with: openssl rand -hex 32"
+            f"Redact.pseudonyms need a key of {_KEY_BYTES} bytes or more in {key!r}, which holds "
+            f"{len(value)}; make one with: openssl rand -hex 32"
         )
     return value
 
 
-class _Rules(NamedTuple):
-    """Rules that need no words, those that need some, and all words of these."""
-
-    plain: tuple[patterns.Rule, ...]
-    named: tuple[patterns.Rule, ...]
-    words: frozenset[str]
-
-
-def _rules(rules: Iterable[patterns.Rule]) -> _Rules:
-    rules = tuple(rules)
-    named = tuple(rule for rule in rules if rule.words)
-    plain = tuple(rule for rule in rules if not rule.words)
-    return _Rules(plain, named, frozenset().union(*(rule.words for rule in named)))
-
-
-class _Plan(NamedTuple):
-    kinds: frozenset[str]
-    # Rules for a run of so many digits (the index), without separators and with.
-    runs: tuple[_Rules, ...]
-    grouped: tuple[_Rules, ...]
-    phones: bool
-    numbers: bool
-    codes: bool
-    private_addresses: bool
-
-
-_LONGEST = 20  # digits; no number has as many
-
-
 @functools.lru_cache(maxsize=64)
-def _plan(kinds: tuple[str, ...], countries: tuple[str, ...] | None, private_addresses: bool) -> _Plan:
+def _plan(kinds: tuple[str, ...], countries: tuple[str, ...] | None, private_addresses: bool) -> Plan:
     for kind in kinds:
         if kind not in KINDS:
             nearest = difflib.get_close_matches(kind, KINDS, 1, 0)[0]
@@ -198,16 +160,14 @@ def _plan(kinds: tuple[str, ...], countries: tuple[str, ...] | None, private_add
         chosen = {country.lower() for country in countries}
         wanted -= {kind for kind in patterns.NATIONAL_IDS if kind[:2] not in chosen}
     rules = tuple(rule for rule in patterns.NUMBERS if rule.kind in wanted)
-    runs = tuple(_rules(rule for rule in rules if n in rule.lengths) for n in range(_LONGEST))
-    grouped = tuple(_rules(rule for rule in rules if min(rule.lengths) <= n) for n in range(_LONGEST + 1))
+    runs = tuple(rules_of(rule for rule in rules if n in rule.lengths) for n in range(LONGEST))
+    grouped = tuple(rules_of(rule for rule in rules if min(rule.lengths) <= n) for n in range(LONGEST + 1))
     phones = "phone_number" in wanted
     codes = patterns.CODE_CHECKS.keys() | {"iban_code", "ip_address"}
-    return _Plan(
-        wanted, runs, grouped, phones, bool(rules) or phones, bool(codes & wanted), private_addresses
-    )
+    return Plan(wanted, runs, grouped, phones, bool(rules) or phones, bool(codes & wanted), private_addresses)
 
 
-def _redact(text: str, plan: _Plan, key: bytes | None) -> tuple[str, Counter[str]]:
+def _redact(text: str, plan: Plan, key: bytes | None) -> tuple[str, Counter[str]]:
     counts: Counter[str] = Counter()
     # A placeholder is shorter or longer than what it replaces, which may bring a number and the word that
     # names it together: again until nothing is found. Each round takes something away, so there is an end.
@@ -274,9 +234,9 @@ def _fold(text: str) -> tuple[str, list[int]]:
     return _STYLED.sub(lambda match: str(unicodedata.decimal(match[0])), text), gone
 
 
-def _find(text: str, plan: _Plan) -> list[Span]:
+def _find(text: str, plan: Plan) -> list[Span]:
     folded, gone = _fold(text)
-    found = _candidates(folded, plan)
+    found = candidates(folded, plan)
     if not found:
         return []
     if len(found) > 1:
@@ -310,7 +270,7 @@ _RANK = {
 def _without_overlaps(found: list[Span]) -> list[Span]:
     """Sorted; of overlapping spans the one whose kind says more, then the longer."""
     found.sort()
-    if all(one.end <= other.start for one, other in zip(found, found[1:], strict=False)):
+    if all(one.end <= other.start for one, other in itertools.pairwise(found)):
         return found
     # Groups of spans that hang together, resolved one by one.
     result: list[Span] = []
@@ -318,320 +278,14 @@ def _without_overlaps(found: list[Span]) -> list[Span]:
     end = 0
     for span in [*found, Span(len(found) + max(span.end for span in found), 0, "")]:
         if group and span.start >= end:
-            chosen: list[Span] = []
+            chosen: list[Span] = []  # sorted
             for one in sorted(group, key=lambda one: (_RANK[one.kind], one.start - one.end, one.start)):
-                if all(one.end <= other.start or other.end <= one.start for other in chosen):
-                    chosen.append(one)
-            result += sorted(chosen)
+                place = bisect.bisect(chosen, one)
+                after = place == len(chosen) or one.end <= chosen[place].start
+                if after and (place == 0 or chosen[place - 1].end <= one.start):
+                    chosen.insert(place, one)
+            result += chosen
             group = []
         group.append(span)
         end = max(end, span.end)
     return result
-
-
-def _candidates(text: str, plan: _Plan) -> list[Span]:
-    kinds = plan.kinds
-    found: list[Span] = []
-    if "@" in text:
-        if "email_address" in kinds:
-            found += _emails(text)
-        if "url_credentials" in kinds:
-            found += _credentials(text)
-    if plan.codes:
-        found += _codes(text, plan)
-    if plan.numbers:
-        _numbers(text, plan, found)
-    if "ip_address" in kinds and ("::" in text or text.count(":") > 6):
-        found += _ipv6(text, plan.private_addresses)
-    if "secret_key" in kinds:
-        found += _secrets(text)
-    if "crypto_wallet" in kinds:
-        for start, end in _anchored(text, patterns.WALLETS):
-            if checks.bech32_address(text[start:end]):
-                found.append(Span(start, end, "crypto_wallet"))
-    return found
-
-
-def _places(text: str, part: str) -> Iterator[int]:
-    place = text.find(part)
-    while place >= 0:
-        yield place
-        place = text.find(part, place + 1)
-
-
-def _emails(text: str) -> Iterator[Span]:
-    for at in _places(text, "@"):
-        domain = patterns.EMAIL_DOMAIN_ASCII.match(text, at + 1) or patterns.EMAIL_DOMAIN_ANY.match(
-            text, at + 1
-        )
-        if not domain or domain[0].rpartition(".")[2].lower() in patterns.FILE_SUFFIXES:
-            continue
-        backwards = text[max(0, at - 64) : at][::-1]
-        local = patterns.EMAIL_LOCAL.match(backwards) or patterns.EMAIL_LOCAL_ANY.match(backwards)
-        if local and (name := local[0][::-1].lstrip(".+%&'~-")) and not name.endswith("."):
-            # git@github.com:user/repository is nobody's address,
-            # and n@app is a line's end, a backslash and n, before a decorator.
-            repository = name == "git" and text[domain.end() : domain.end() + 1] in (":", "/")
-            if not repository and not (len(name) == 1 and text[at - 2 : at - 1] == "\\"):
-                yield Span(at - len(name), domain.end(), "email_address")
-
-
-def _credentials(text: str) -> Iterator[Span]:
-    for place in _places(text, "://"):
-        match = patterns.CREDENTIALS.match(text, place + 3)
-        if match:
-            yield Span(*match.span(), "url_credentials")
-
-
-_WORD = re.compile(r"\w+")
-
-
-def _near(text: str, start: int, end: int) -> set[str]:
-    """Words within reach of a number, in small letters."""
-    words = set(_WORD.findall(text[max(0, start - _BEFORE) : start].lower()))
-    words.update(_WORD.findall(text[end : end + _AFTER].lower()))
-    return words
-
-
-def _codes(text: str, plan: _Plan) -> Iterator[Span]:
-    for match in patterns.CODES.finditer(text):
-        name = match.lastgroup
-        assert name is not None
-        before = int(name[-1]) if name[-1].isdigit() else 0
-        kind = name[:-1] if before else name
-        if kind not in plan.kinds:
-            continue
-        start, end = match.start() - before, match.end()
-        if kind == "ip_address":
-            if _is_address(text, start, end, plan.private_addresses):
-                yield Span(start, end, kind)
-        elif kind == "iban_code":
-            if (end := _iban_end(text, start, end)) > start:
-                yield Span(start, end, kind)
-        else:
-            code = text[start:end]
-            if kind != "crypto_wallet":
-                code = code.replace(" ", "").replace("-", "") if kind != "fi_hetu" else code
-                code = code.upper()
-            if patterns.CODE_CHECKS[kind](code):
-                words = patterns.CODE_WORDS.get(kind)
-                # NINOs in their printed form, with spaces, are like nothing else.
-                if not words or (kind == "uk_nino" and end - start > 12) or words & _near(text, start, end):
-                    yield Span(start, end, kind)
-
-
-def _iban_end(text: str, start: int, limit: int) -> int:
-    """Where the IBAN that begins here ends, at most at ``limit``; ``start`` if there is none."""
-    length = checks.IBAN_LENGTHS.get(text[start : start + 2].upper())
-    if length is None:
-        return start
-    place, code = start, ""
-    for character in text[start:limit]:
-        place += 1
-        if character != " ":
-            code += character
-            if len(code) == length:
-                break
-    if text[place : place + 1].isalnum() or not checks.iban(code.upper()):
-        return start
-    return place
-
-
-def _is_address(text: str, start: int, end: int, private: bool) -> bool:
-    try:
-        address = ipaddress.ip_address(text[start:end])
-    except ValueError:
-        return False
-    if not (private or (address.is_global and not address.is_multicast)) or patterns.VERSION.search(
-        text, max(0, start - 24), start
-    ):
-        return False
-    if address.version == 4:
-        # All small: a section or version number, unless something says it is an address.
-        return max(address.packed) > 20 or not patterns.IP_WORDS.isdisjoint(_near(text, start, end))
-    # Of what is shortened, C++'s names for example, only addresses in 2000::/3, all that is given out, with
-    # three groups or more.
-    groups = [group for group in text[start:end].split(":") if group]
-    return private or "::" not in text[start:end] or (address.packed[0] >> 5 == 1 and len(groups) >= 3)
-
-
-def _ipv6(text: str, private: bool) -> Iterator[Span]:
-    done = 0
-    for match in patterns.IPV6.finditer(text):
-        start = match.start()
-        if start < done:
-            continue
-        while match.start() - start < 4 and start and text[start - 1] in "0123456789abcdefABCDEF":
-            start -= 1
-        whole = patterns.IPV6_REST.match(text, start, start + 60)
-        if whole is None:
-            continue
-        end = whole.end()
-        done = end
-        if text[end - 1] == ":" and text[end - 2] != ":":
-            end -= 1
-        colons = text.count(":", start, end)
-        if not 2 <= colons <= 8 or (colons < 6 and text.find("::", start, end) < 0):
-            continue
-        outside = text[start - 1 : start] + text[end : end + 1]
-        if not any(character.isalnum() or character == "_" for character in outside):
-            if _is_address(text, start, end, private):
-                yield Span(start, end, "ip_address")
-
-
-# A run of digits and what may stand between those of one number, at most 24 groups at a time.
-_RUN = re.compile(r"[0-9](?<!\w.)(?=[0-9 ./()\-]{6})[0-9]*+(?:[ ./()\-]{1,3}+[0-9]++){0,24}+")
-_NO_DIGIT = re.compile(r"[^0-9]+")
-_NO_CODE = re.compile(r"[^0-9Xx]+")
-
-
-def _numbers(text: str, plan: _Plan, found: list[Span]) -> None:
-    for run in _RUN.finditer(text):
-        start, end = run.span()
-        length = end - start
-        if length < patterns.MIN_DIGITS:
-            continue
-        digits = run[0]
-        alone = digits.isdecimal()
-        if alone:
-            if length >= _LONGEST:
-                continue
-            rules = plan.runs[length]
-        else:
-            length = len(_NO_DIGIT.sub("", digits))
-            if length < patterns.MIN_DIGITS:
-                continue
-            rules = plan.grouped[min(length, _LONGEST)]
-        count = len(found)
-        for rule in rules.plain:
-            for match in rule.pattern.finditer(text, start, end + 24):
-                if rule.check(_NO_CODE.sub("", match[0]).upper()):
-                    found.append(Span(*match.span(), rule.kind))
-        if rules.named and not (alone and len(found) > count):
-            words = _near(text, start, end)
-            if not rules.words.isdisjoint(words):
-                for rule in rules.named:
-                    if not rule.words.isdisjoint(words):
-                        for match in rule.pattern.finditer(text, start, end + 24):
-                            if rule.check(_NO_CODE.sub("", match[0]).upper()):
-                                found.append(Span(*match.span(), rule.kind))
-        if plan.phones and not (alone and len(found) > count):
-            _phones(text, start, end, length, found)
-
-
-def _phones(text: str, start: int, end: int, digits: int, found: list[Span]) -> None:
-    """Telephone numbers in a run of so many digits from ``start`` to ``end``."""
-    first = start - 1 if start and text[start - 1] in "+(" else start
-    if first < start and first and text[first - 1] == "+":
-        first -= 1
-    if text[first] == "+" or text.startswith("00", start):
-        match = patterns.INTERNATIONAL.match(text, first)
-        if match and (last := _international(match[0])):
-            found.append(Span(first, first + last, "phone_number"))
-            return
-    count = len(found)
-    if digits >= 10:
-        for match in patterns.NORTH_AMERICAN.finditer(text, first, end + 12):
-            found.append(Span(*match.span(), "phone_number"))
-    if len(found) == count:
-        grouped = patterns.GROUPED.match(text, first) or patterns.GROUPED.match(text, start)
-        if grouped and _is_phone(text, grouped):
-            start, end = grouped.span()
-            unbalanced = grouped[0][0] == "(" and ")" not in grouped[0]
-            found.append(Span(start + unbalanced, end, "phone_number"))
-
-
-_LAST_GROUP = re.compile(r"[^0-9]+[0-9]+[^0-9]*\Z")
-
-
-def _international(number: str) -> int:
-    """How many characters are an international number; 0 if it is none."""
-    while True:
-        main = re.split("[xXeE]", number, maxsplit=1)[0].replace("(0)", "")
-        digits = _NO_DIGIT.sub("", main)
-        if not number.startswith("+"):
-            digits = digits[2:]
-        most = 11 if digits.startswith("1") else 15
-        if len(digits) <= most:
-            break
-        # What follows after a space is another number.
-        shorter = _LAST_GROUP.sub("", number)
-        if shorter == number:
-            return 0
-        number = shorter
-    if digits.startswith("1"):
-        return len(number) if len(digits) == 11 and digits[1] > "1" else 0
-    return len(number) if len(digits) >= 8 and checks.country_code(digits) else 0
-
-
-def _is_phone(text: str, match: re.Match[str]) -> bool:
-    """Whether groups of digits are a number as dialled inside a country."""
-    main = match["main"]
-    groups = _NO_DIGIT.split(main)
-    count = len(groups)
-    total = sum(map(len, groups))
-    if not 7 <= total <= 13 or count > 6 or patterns.DATE.match(main) or patterns.YEARS.search(main):
-        return False
-    pairs = all(len(group) == 2 for group in groups)
-    if min(map(len, groups[1:]), default=2) < 2 or (pairs and count > 5):
-        return False
-    if "." in main and not (pairs and count == 5) and not (count == 3 and min(map(len, groups)) > 2):
-        return False
-    if count > 1 and 9 <= total <= 12 and main[0] == "0" and main[1] != "0" and 2 <= len(groups[0]) <= 5:
-        # The digit 0 dials out of the own area: 0341 8387176, 01.84.17.61.18, (08) 8747 6301.
-        if count > 2 or len(groups[1]) >= 6:
-            return True
-    if patterns.THOUSANDS.fullmatch(main) or "/" in main:
-        return False
-    start, end = match.span()
-    if patterns.PHONE_LABEL.match(text, end) or patterns.PHONE_PREFIX.search(text, max(0, start - 16), start):
-        return True
-    # Five words back, three for digits with nothing between.
-    last = _WORD.findall(text[max(0, start - _BEFORE) : start].lower())[-5 if count > 1 else -3 :]
-    if not patterns.PHONE_WORDS.isdisjoint(last):
-        return patterns.OTHER_NUMBERS.isdisjoint(last[-2:]) or not patterns.PHONE_WORDS.isdisjoint(last[-2:])
-    before = text[max(0, start - 12) : start]
-    return not before.isascii() and any(mark in before for mark in patterns.PHONE_MARKS)
-
-
-def _anchored(text: str, secrets: Sequence[patterns.Secret]) -> Iterator[tuple[int, int]]:
-    for anchor, lead, pattern in secrets:
-        if anchor in text:
-            for place in _places(text, anchor):
-                if place >= lead and (match := pattern.match(text, place - lead)):
-                    yield match.span()
-
-
-def _secrets(text: str) -> Iterator[Span]:
-    for rare, secrets in patterns.SECRETS:
-        if rare in text:
-            for start, end in _anchored(text, secrets):
-                yield Span(start, end, "secret_key")
-    if "-----BEGIN" in text:
-        yield from _pem(text)
-    for sign, pattern in patterns.ASSIGNED:
-        if sign in text:
-            for match in pattern.finditer(text):
-                if patterns.SECRET_NAME.search(text, max(0, match.start() - 48), match.start()):
-                    if _is_random(match["value"]):
-                        yield Span(*match.span("value"), "secret_key")
-
-
-def _pem(text: str) -> Iterator[Span]:
-    end = 0
-    for begin in patterns.PEM_BEGIN.finditer(text):
-        if begin.start() < end:
-            continue
-        closing = patterns.PEM_END.search(text, begin.end())
-        if closing is None:
-            return
-        end = closing.end()
-        yield Span(begin.start(), end, "secret_key")
-
-
-def _is_random(value: str) -> bool:
-    """Letters and digits mixed, with 3 bits of entropy for each character or more: not words, not a path."""
-    if not any(character.isdigit() for character in value) or not any(map(str.isalpha, value)):
-        return False
-    counts = Counter(value).values()
-    return -sum(count / len(value) * math.log2(count / len(value)) for count in counts) >= 3.0

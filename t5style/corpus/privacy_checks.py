@@ -96,7 +96,7 @@ def issued_card(digits: str) -> bool:
 
 def any_card(digits: str) -> bool:
     """12 to 19 digits with the Luhn sum, whoever issued them (ISO/IEC 7812 allows 8 to 19)."""
-    return 12 <= len(digits) <= 19 and len(set(digits)) > 2 and luhn(digits)
+    return 12 <= len(digits) <= 19 and len(set(digits)) > 1 and luhn(digits)
 
 
 # Length of an IBAN by country, from the registry that SWIFT keeps for ISO 13616.
@@ -146,7 +146,7 @@ def us_ssn(digits: str) -> bool:
 def us_itin(digits: str) -> bool:
     """An individual taxpayer's number: 9xx, group 50-65, 70-88, 90-92 or 94-99."""
     group = int(digits[3:5])
-    return digits[0] == "9" and (50 <= group <= 65 or 70 <= group <= 99 and group not in (89, 93))
+    return digits[0] == "9" and (50 <= group <= 65 or (70 <= group <= 99 and group not in (89, 93)))
 
 
 uk_nhs = weighted((10, 9, 8, 7, 6, 5, 4, 3, 2, 1), 11)

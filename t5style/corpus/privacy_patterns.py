@@ -41,7 +41,8 @@ def _number(kind: str, lengths: str, shape: str, check: checks.Check, words: str
 
 
 _CARD_WORDS = (
-    "card cards creditcard debitcard cc cvv cvc visa mastercard amex maestro diners discover jcb debit credit payment "
+    "card cards creditcard debitcard cc cvv cvc visa mastercard amex maestro diners discover jcb debit "
+    "credit payment "
     "karte kreditkarte carte tarjeta carta cartão cartao kaart karta kort kortti карта карты"
 )
 # Separated as printed on the card; a second number just before would make the groups another's.
@@ -179,7 +180,8 @@ NORTH_AMERICAN = re.compile(
 )
 # Any other groups of digits, the first perhaps in brackets; matched where a run begins.
 GROUPED = re.compile(
-    r"(?<![\w+/=#%$€£¥-])(?<![0-9][.,:])\(?+(?P<main>[0-9]++(?:(?:\)[ ]?+-?+|[ .\-/](?![ .\-/]))\(?+[0-9]++)*+)"
+    r"(?<![\w+/=#%$€£¥-])(?<![0-9][.,:])\(?+"
+    r"(?P<main>[0-9]++(?:(?:\)[ ]?+-?+|[ .\-/](?![ .\-/]))\(?+[0-9]++){0,8}+)"
     + _EXTENSION
     + r"(?![%°€£$¥]|\w|[,:][0-9])"
 )
@@ -191,25 +193,25 @@ DATE = re.compile(
 YEARS = re.compile(r"(?<![0-9])(?:1[0-9]|20)[0-9]{2} ?[-/ ] ?(?:1[0-9]|20)[0-9]{2}(?![0-9])")
 # 1 234 567 and 1.234.567
 THOUSANDS = re.compile(r"[1-9](?: [0-9]{3})+|[1-9][0-9]{0,2}(?:\.[0-9]{3})+")
-PHONE_WORDS = frozenset(
-    (
-        "phone phones telephone telephones tel ph mobile mobiles cell cellphone cellular landline fax telefax "
-        "call calls calling dial ring sms whatsapp message messages voicemail answering "
-        "hotline helpline contact reach "
-        "telefon handy mobil mobiltelefon rufnummer anrufen anruf durchwahl "
-        "téléphone portable appel appeler appelez tél télécopie gsm "
-        "teléfono telefono móvil movil celular llamar llame llama contacto "
-        "cellulare chiamare chiamate telefone telemóvel ligue telefoon mobiel bellen bel "
-        "komórka komórkowy zadzwoń telefonu mobilnummer telefonnummer puhelin puh matkapuhelin "
-        "телефон телефона телефону тел факс звоните звонить моб τηλέφωνο τηλ κινητό "
-        "هاتف تلفن موبایل טלפון נייד फ़ोन फोन मोबाइल"
-    ).split()
+_PHONE_WORDS = (
+    "phone phones telephone telephones tel ph mobile mobiles cell cellphone cellular landline fax telefax "
+    "call calls calling dial ring sms whatsapp message messages voicemail answering "
+    "hotline helpline contact reach "
+    "telefon handy mobil mobiltelefon rufnummer anrufen anruf durchwahl "
+    "téléphone portable appel appeler appelez tél télécopie gsm "
+    "teléfono telefono móvil movil celular llamar llame llama contacto "
+    "cellulare chiamare chiamate telefone telemóvel ligue telefoon mobiel bellen bel "
+    "komórka komórkowy zadzwoń telefonu mobilnummer telefonnummer puhelin puh matkapuhelin "
+    "телефон телефона телефону тел факс звоните звонить моб τηλέφωνο τηλ κινητό "
+    "هاتف تلفن موبایل טלפון נייד फ़ोन फोन मोबाइल"
 )
+PHONE_WORDS = frozenset(_PHONE_WORDS.split())
 # Right before a number, these say that it is something else.
-OTHER_NUMBERS = frozenset(
-    "isbn issn doi pmid pmc order invoice account acct license licence case patent serial zip version id no nr page "
-    "pages pp vol volume model item ticket reference ref".split()
+_OTHER_NUMBERS = (
+    "isbn issn doi pmid pmc order invoice account acct license licence case patent serial zip version "
+    "page pages pp vol volume model item ticket reference ref"
 )
+OTHER_NUMBERS = frozenset(_OTHER_NUMBERS.split())
 # Scripts without spaces: looked for as parts of what stands before.
 PHONE_MARKS = ("电话", "電話", "手机", "手機", "携帯", "致电", "전화", "휴대", "☎", "📞", "📱", "โทร")
 # Right before it.
@@ -231,7 +233,7 @@ IPV6 = re.compile(r":[0-9A-Fa-f]{0,4}:")
 IPV6_REST = re.compile(
     r"[0-9A-Fa-f:]++(?:(?<=:)[0-9]{1,3}(?:\.[0-9]{1,3}){3}|(?<=[0-9])(?:\.[0-9]{1,3}){3})?"
 )
-IP_WORDS = frozenset("ip ips ipv4 ipv6 address host server client addr dns".split())
+IP_WORDS = frozenset({"ip", "ips", "ipv4", "ipv6", "address", "addr", "host", "server", "client", "dns"})
 
 # E-mail. The local part is matched backwards from the "@". Letters of scripts that put no spaces between
 # words (U+0E00 and above) belong to it only where there is nothing else.
@@ -242,7 +244,8 @@ EMAIL_DOMAIN_ASCII = re.compile(
 )
 EMAIL_DOMAIN_ANY = re.compile(r"(?:\w(?:[\w-]{0,61}\w)?\.){1,8}(?:[^\W\d_]{2,24}|xn--[A-Za-z0-9-]{2,59})")
 # names of files, not of hosts: logo@2x.png
-FILE_SUFFIXES = frozenset("png jpg jpeg gif svg webp css js ts html htm md py json".split())
+_FILE_SUFFIXES = "png jpg jpeg gif svg webp css js ts html htm md py json"
+FILE_SUFFIXES = frozenset(_FILE_SUFFIXES.split())
 
 # user:password in a URL, up to the last @ before the path
 CREDENTIALS = re.compile(r"[^\s/@:<>\"'\\]{0,64}:[^\s/<>\"'\\]{1,128}(?=@[\w\[])")
@@ -316,9 +319,9 @@ ASSIGNED = tuple(
     for sign in "=:"
 )
 SECRET_NAME = re.compile(
-    r"(?:api[_\- ]?key|apikey|access[_\- ]?key(?:[_\- ]?id)?|secret(?:[_\- ]?(?:access|api))?[_\- ]?(?:key|token)?"
-    r"|private[_\- ]?key|auth(?:entication|orization)?[_\- ]?(?:key|token)?|(?:access|bearer|refresh|session|id)?"
-    r"[_\- ]?token|passw(?:or)?d|passphrase|pwd|account[_\- ]?key|encryption[_\- ]?key|signing[_\- ]?key|credential)s?"
+    r"(?:(?:api|access|account|encryption|signing|private|auth(?:entication|orization)?)[_\- ]?(?:key|token)"
+    r"|(?:api|access)[_\- ]?key[_\- ]?id|(?:access|bearer|refresh|session|id)?[_\- ]?token"
+    r"|secret(?:[_\- ]?(?:access|api))?[_\- ]?(?:key|token)?|passw(?:or)?d|passphrase|pwd|credential)s?"
     r"[\"'`\]]{0,2}[ \t]{0,3}\Z",
     re.I,
 )
