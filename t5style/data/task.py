@@ -31,7 +31,8 @@ class Task:
         learns from all of it (Bengio et al., "Curriculum learning", 2009, §2).
         A path of a .npy file: the same, by the examples' indices in that file, int64 [examples].
         Order is exact: windows are cut from the examples in that order, and rows of packed examples are
-        filled in that order, which packs a little less. In a mixture it holds for each task by itself.
+        filled in that order, which takes about a third more rows. In a mixture it holds for each task by
+        itself.
     """
 
     name: str

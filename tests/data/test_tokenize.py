@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from t5style.corpus import vocabulary as vocabulary_lib
 from t5style.corpus.document import Document, write_documents
 from t5style.corpus.vocabulary import ByteVocabulary
 from t5style.data.token_store import TokenStore
@@ -195,3 +196,27 @@ def test_an_order_that_is_none_is_refused(run: Run, corpus: str, order: Any, mes
     path.write_bytes(order) if isinstance(order, bytes) else np.save(path, order)
     with pytest.raises(UserError, match=f"train/order.npy {message}"):
         run()
+
+
+def test_a_tokenizer_json_goes_through_with_its_ids(corpus: str, tmp_path: pathlib.Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    pieces = {piece: n for n, piece in enumerate(["<pad>", "</s>", "<unk>", *alphabet])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(pieces, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_str())
+    for workers in (1, 2):
+        job = Tokenize(corpus, str(tmp_path / "tokenizer.json"), workers=workers)
+        job(RunDir(tmp_path / "out").create())
+        store = TokenStore.open(tmp_path / "out")
+        # The store has the vocabulary with it, and its hash: whoever reads the store has the same ids.
+        assert store.vocabulary == vocabulary_lib.load(tmp_path / "tokenizer.json")
+        ids = store.examples("train", "text", [7])[0].tolist()
+        assert ids == [*tokenizer.encode("Text 7: žluťoučký").ids, 1]
+        assert store.vocabulary.decode(ids) == "Text 7: žluťoučký"
+    saved = tmp_path / "out/vocabulary/tokenizer.json"
+    saved.write_text(saved.read_text().replace('"</s>"', '"<s2>"', 1))
+    store.__dict__.pop("vocabulary")  # as another process sees it
+    with pytest.raises(UserError, match="was changed after it was saved"):
+        _ = TokenStore.open(tmp_path / "out").vocabulary
