@@ -15,6 +15,7 @@ _CHARACTERS = np.uint64(0x84222325CBF29CE4)
 _PRIME = np.uint64(0x100000001B3)
 _SPREAD = np.uint64(0x9E3779B97F4A7C15)
 _SPACE = np.uint64(32)
+_SMALL = np.float32(1e-12)  # squares of the smallest gradients are 0
 
 # What a byte belongs to: 0 white space, 1 a word (letters, digits, anything beyond ASCII), 2 other signs, 3
 # line ends.
@@ -145,16 +146,13 @@ def train(  # type: ignore[no-untyped-def]
         signed = margin if targets[example] > 0.5 else -margin
         loss += importance[example] * (math.log1p(math.exp(-abs(signed))) + max(-signed, 0.0))
         bias[1] += wrong * wrong
-        if bias[1] > 0:
-            bias[0] -= rates[step] * wrong / math.sqrt(bias[1])
+        bias[0] -= rates[step] * wrong / (math.sqrt(bias[1]) + _SMALL)
         gradient = np.float32(wrong * factor)
         rate = np.float32(rates[step])
-        if gradient == 0:
-            continue
         for k in range(count):
             index = out[k]
             squares[index] += gradient * gradient
-            weights[index] -= rate * gradient / math.sqrt(squares[index])
+            weights[index] -= rate * gradient / (math.sqrt(squares[index]) + _SMALL)
     return loss
 
 
