@@ -22,8 +22,9 @@ ALLOWED: dict[str, set[str]] = {
     room: COMMON | set(LADDER[: i + 1]) | ({"corpus", "data"} if i >= LADDER.index("train") else set())
     for i, room in enumerate(LADDER)
 } | {
-    "corpus": COMMON | {"corpus", "samples"},
-    "data": COMMON | {"data", "corpus"},
+    # A prepared corpus leaves its report, which is made from its files alone.
+    "corpus": COMMON | {"corpus", "samples", "report"},
+    "data": COMMON | {"data", "corpus", "report"},
     "samples": COMMON | {"samples", "corpus"},
     "report": COMMON | {"report"},
     "files": set(),

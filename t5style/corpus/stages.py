@@ -8,6 +8,7 @@ them in order.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Protocol
 
 from t5style.corpus.document import Document
@@ -60,6 +61,45 @@ class MaxLength:
     def __call__(self, document: Document) -> Document | Drop:
         if len(document.text) > self.characters:
             return Drop(f"longer than {self.characters} characters")
+        return document
+
+
+@dataclasses.dataclass(frozen=True)
+class Where:
+    """Puts only some documents through stages: those that match all of what is given.
+
+    Attributes:
+      stages: in order.
+      source: names of sources.
+      language: ISO 639-1 codes.
+      format: values of ``meta['format']``: "html" for what was extracted from web pages.
+    """
+
+    stages: Sequence[Stage]
+    source: Sequence[str] = ()
+    language: Sequence[str] = ()
+    format: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("source", "language", "format"):
+            if isinstance(value := getattr(self, name), str):
+                raise UserError(f"Where.{name} must be a list, not the string {value!r}: write [{value!r}]")
+        if not (self.source or self.language or self.format):
+            raise UserError("Where matches every document: give source, language or format")
+
+    def __call__(self, document: Document) -> Document | Drop:
+        for wanted, value in (
+            (self.source, document.source),
+            (self.language, document.language),
+            (self.format, document.meta.get("format", "")),
+        ):
+            if wanted and value not in wanted:
+                return document
+        for stage in self.stages:
+            result = stage(document)
+            if isinstance(result, Drop):
+                return result
+            document = result
         return document
 
 
