@@ -22,6 +22,7 @@ import logging
 import pathlib
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 from t5style.corpus import privacy, privacy_checks
@@ -214,6 +215,11 @@ def main() -> None:
 
     dense = [record["full_text"] for record in records]
     clean = prose(options.data, int(options.megabytes * 1e6))
+    print(f"\nspans of these kinds in {size_of(clean) / 1e6:.2f} MB of prose and articles")
+    for name, find in finders.items():
+        if name != "presidio":
+            found = Counter(kind for text in clean for _, _, kind in find(text) if kind in KINDS)
+            print(f"{name:20}", dict(found))
     repeat = max(1, round(size_of(clean) / size_of(dense)))
     texts = {"labelled texts": dense, "prose and articles": clean, "half and half": dense * repeat + clean}
     sizes = {name: size_of(part) / 1e6 for name, part in texts.items()}

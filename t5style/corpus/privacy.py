@@ -29,7 +29,7 @@ import pathlib
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from t5style.corpus import privacy_patterns as patterns
 from t5style.corpus.document import Document
@@ -65,7 +65,7 @@ def find(
     Raises:
       UserError: there is no such kind or country.
     """
-    plan = _plan(tuple(kinds), None if countries is None else tuple(countries), private_addresses)
+    plan = _chosen(kinds, countries, private_addresses)
     return _find(text, plan)
 
 
@@ -76,7 +76,7 @@ def redact(
     private_addresses: bool = False,
 ) -> str:
     """The text with what ``find`` finds replaced by placeholders. Doing it twice changes nothing more."""
-    plan = _plan(tuple(kinds), None if countries is None else tuple(countries), private_addresses)
+    plan = _chosen(kinds, countries, private_addresses)
     return _redact(text, plan, None)[0]
 
 
@@ -106,16 +106,16 @@ class Redact:
             _read_key(self.key)
 
     def _plan(self) -> Plan:
-        countries = None if self.countries is None else tuple(self.countries)
-        return _plan(tuple(self.kinds), countries, self.private_addresses)
+        return _chosen(self.kinds, self.countries, self.private_addresses)
 
     def __call__(self, document: Document) -> Document | Drop:
         key = _read_key(self.key) if self.pseudonyms else None
         text, counts = _redact(document.text, self._plan(), key)
         if not counts:
             return document
-        before = document.meta.get("pii", {})
-        counts.update(before)
+        before = document.meta.get("pii")
+        if isinstance(before, Mapping):
+            counts.update(before)
         return dataclasses.replace(
             document, text=text, meta={**document.meta, "pii": dict(sorted(counts.items()))}
         )
@@ -141,6 +141,13 @@ def _read_key(key: str) -> bytes:
             f"{len(value)}; make one with: openssl rand -hex 32"
         )
     return value
+
+
+def _chosen(kinds: Sequence[str], countries: Sequence[str] | None, private_addresses: bool) -> Plan:
+    for name, value in (("kinds", kinds), ("countries", countries)):
+        if isinstance(value, str):
+            raise UserError(f"{name} must be a list, not the string {value!r}: write [{value!r}]")
+    return _plan(tuple(kinds), None if countries is None else tuple(countries), private_addresses)
 
 
 @functools.lru_cache(maxsize=64)
@@ -172,7 +179,7 @@ def _redact(text: str, plan: Plan, key: bytes | None) -> tuple[str, Counter[str]
     # A placeholder is shorter or longer than what it replaces, which may bring a number and the word that
     # names it together: again until nothing is found. Each round takes something away, so there is an end.
     while spans := _find(text, plan):
-        pieces = []
+        pieces: list[str] = []
         place = 0
         for start, end, kind in spans:
             counts[kind] += 1

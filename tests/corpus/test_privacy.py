@@ -1,3 +1,4 @@
+import itertools
 import json
 import pathlib
 import pickle
@@ -224,6 +225,8 @@ def test_bad_choices_are_refused():
         find("", ["email"])
     with pytest.raises(UserError, match="did you mean 'phone_number'"):
         Redact(kinds=["phone_nunber"])
+    with pytest.raises(UserError, match=r"kinds must be a list, not the string 'us_ssn': write \['us_ssn'\]"):
+        find("", "us_ssn")
     with pytest.raises(UserError, match="no numbers of the country 'xx'; there are au, be, br"):
         Redact(countries=["xx"])
 
@@ -276,10 +279,32 @@ def test_bad_keys_are_refused(monkeypatch, tmp_path):
     Redact(key="env:TEST_KEY_NONE")  # of no use, hence not looked at
 
 
+def test_a_word_that_comes_near_by_redaction_counts():
+    text = "call a.very.long.name+of+somebody@with.a.long.domain.example.com 123 4567"
+    assert [span.kind for span in find(text)] == ["email_address"]
+    assert redact(text) == "call <EMAIL_ADDRESS> <PHONE_NUMBER>"
+    assert Redact()(Document(text, "1")).meta["pii"] == {"email_address": 1, "phone_number": 1}
+
+
 WORDS = [bare(text)[0] for texts in FOUND.values() for text in texts] + [
-    *"+ ( ) - . / : = @ # , \n \t \u200b \u00a0 < > 0 7 12 345 x".split(" "),
-    "phone", "call", "card", "IP", "NHS", "SSN", "ssn:", "api_key=", "http://", "<EMAIL_ADDRESS>", "1234567", "٣", "-----BEGIN",
-]  # fmt: skip
+    *"+()-./:=@#,\n\t\u200b\u00a0<>07x",
+    *(
+        "12",
+        "345",
+        "1234567",
+        "٣",
+        "phone",
+        "call",
+        "card",
+        "IP",
+        "NHS",
+        "SSN",
+        "ssn:",
+        "api_key=",
+        "http://",
+    ),
+    *("<EMAIL_ADDRESS>", "-----BEGIN", " "),
+]
 MIXED = st.lists(st.sampled_from(WORDS) | st.text(max_size=4), max_size=12).flatmap(
     lambda parts: st.sampled_from(["", " "]).map(lambda between: between.join(parts))
 )
@@ -291,7 +316,7 @@ def test_redacting_twice_is_redacting_once(text):
     spans = find(text)
     assert spans == sorted(spans)
     assert all(0 <= span.start < span.end <= len(text) for span in spans)
-    assert all(one.end <= other.start for one, other in zip(spans, spans[1:], strict=False))
+    assert all(one.end <= other.start for one, other in itertools.pairwise(spans))
     once = redact(text)
     assert redact(once) == once
     assert find(once) == []
@@ -342,17 +367,17 @@ def test_time_is_linear_in_one_long_line(name):
             best = min(best, time.process_time() - start)
         return best
 
-    small, large = seconds(20_000), seconds(160_000)
+    small, large = seconds(5_000), seconds(40_000)
     # 8 times the text; quadratic would be 64 times the time.
-    assert large < 24 * small + 0.02
+    assert large < 24 * small + 0.01
 
 
-def test_a_megabyte_of_digits():
+def test_much_of_digits():
     generator = random.Random(0)
-    text = "".join(generator.choice("0123456789    .-") for _ in range(1_000_000))
+    text = "".join(generator.choice("0123456789    .-") for _ in range(200_000))
     start = time.process_time()
     once = redact(text)
-    assert time.process_time() - start < 30
+    assert time.process_time() - start < 10
     assert find(once) == []
 
 
