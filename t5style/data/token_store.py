@@ -137,7 +137,8 @@ class TokenStore:
         # A run opens the same store for training, evaluation and its preflight: one copy in memory serves
         # them all.
         with _opened_lock:
-            return _opened.setdefault((os.path.abspath(folder), store.fingerprint), store)
+            key = (os.path.abspath(folder), hashlib.sha256(found.value).hexdigest())
+            return _opened.setdefault(key, store)
 
     def _check_files(self, contents: bool) -> None:
         files = ts.KvStore.open(kvstore(self.folder)).result()
@@ -217,8 +218,9 @@ class TokenStore:
     def _array(self, name: str) -> ts.TensorStore:
         if name not in self._arrays:
             spec: dict[str, Any] = {"driver": "zarr3", "kvstore": array_kvstore(self.folder, name)}
-            # The files never change once the store is finished: cached chunks need no second look.
-            spec |= {"recheck_cached_data": False, "recheck_cached_metadata": False}
+            # The files never change once the store is finished: what this process cached since the store was
+            # opened needs no second look, only what it may have of an earlier store in this place.
+            spec |= {"recheck_cached_data": "open", "recheck_cached_metadata": "open"}
             self._arrays[name] = ts.open(spec, open=True, read=True, context=_context()).result()
         return self._arrays[name]
 

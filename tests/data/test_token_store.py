@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from t5style.corpus.vocabulary import ByteVocabulary, CharacterVocabulary
 from t5style.data import token_store
+from t5style.data.store_manifest import document_keys
 from t5style.data.token_store import TokenStore, TokenStoreWriter
 from t5style.run_dir import UserError
 
@@ -207,3 +208,49 @@ def test_batches_of_examples_are_checked(tmp_path: pathlib.Path) -> None:
         ValueError, match=r"2 lengths of 4 tokens in all were given with 5 tokens of 2 examples"
     ):
         writer.add_many("train", {"text": np.array([5, 6, 7, 9, 8])}, {"text": np.array([2, 2])})
+
+
+def test_document_keys_and_curriculum_are_for_every_example(tmp_path: pathlib.Path) -> None:
+    tokens = {"text": np.array([5, 6])}, {"text": np.array([1, 1])}
+    with TokenStoreWriter(tmp_path / "s", ["text"], ByteVocabulary()) as writer:
+        writer.add_many("train", *tokens, document_keys(["a", "b"]))
+        writer.add_many("train", *tokens, document_keys(["a", "\udc00"]))
+        writer.set_curriculum("train", np.array([3, 1, 0, 2]))
+    store = TokenStore.open(tmp_path / "s", verify=True)
+    keys, curriculum = store.document_keys("train"), store.curriculum("train")
+    assert keys is not None
+    assert keys[0] == keys[2] != keys[1] != keys[3]
+    assert curriculum is not None
+    assert curriculum.tolist() == [3, 1, 0, 2]
+    # Of what a batch is made of, the documents' names are no part; their order is.
+    prints = {}
+    for name, ids, order in (("plain", None, None), ("keys", "ab", None), ("order", "ab", [1, 0])):
+        with TokenStoreWriter(tmp_path / name, ["text"], ByteVocabulary()) as writer:
+            writer.add_many("train", *tokens, None if ids is None else document_keys(ids))
+            if order:
+                writer.set_curriculum("train", np.array(order))
+        prints[name] = TokenStore.open(tmp_path / name).fingerprint
+    assert prints["plain"] == prints["keys"] != prints["order"]
+    assert TokenStore.open(tmp_path / "plain").document_keys("train") is None
+    for change in ("keys", "order"):
+        writer = TokenStoreWriter(tmp_path / f"bad {change}", ["text"], ByteVocabulary())
+        writer.add_many("train", *tokens, document_keys("ab") if change == "keys" else None)
+        writer.add_many("train", *tokens)
+        if change == "order":
+            writer.set_curriculum("train", np.arange(2))
+        with pytest.raises(ValueError, match=r"has 4 examples, but 2 (document-keys|curriculum-order)\."):
+            writer.close()
+
+
+def test_a_store_made_anew_in_the_same_place_is_read_anew(tmp_path: pathlib.Path) -> None:
+    def make(name: str) -> TokenStore:
+        (tmp_path / "s" / "store.json").unlink(missing_ok=True)
+        with TokenStoreWriter(tmp_path / "s", ["text"], ByteVocabulary()) as writer:
+            writer.add_many("train", {"text": np.array([5])}, {"text": np.array([1])}, document_keys([name]))
+        return TokenStore.open(tmp_path / "s")
+
+    first = make("a")
+    assert first.document_keys("train") is not None
+    second = make("b")
+    assert second.fingerprint == first.fingerprint
+    assert np.array_equal(second.document_keys("train"), document_keys(["b"]))
