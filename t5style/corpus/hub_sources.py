@@ -121,7 +121,7 @@ def _hugging_face(source: HuggingFace) -> Any:
             streaming=source.streaming,
         )
     except (ValueError, OSError) as error:  # no such dataset, config or split; no network
-        raise UserError(f"the dataset {source.name!r} cannot be loaded: {error}") from error
+        raise UserError(f"the dataset {source.name!r} cannot be loaded: {_first(error)}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,13 +191,18 @@ def _tfds(source: TensorFlowDatasets) -> Any:
             "--file_format=array_record (tfds build), or convert it (tfds convert_format)"
         ) from error
     except Exception as error:  # TFDS has many kinds of its own for datasets, versions and splits it lacks
-        raise UserError(f"the dataset {source.name!r} cannot be loaded: {error}") from error
+        raise UserError(f"the dataset {source.name!r} cannot be loaded: {_first(error)}") from error
 
 
 def _check(source: Any, kind: str) -> None:
     for field in ("name", "split", "text_field"):
         if not getattr(source, field):
             raise UserError(f"{kind}.{field} is empty")
+
+
+def _first(error: Exception) -> str:
+    """The first line of an error's message: lists of all datasets there are may follow."""
+    return str(error).partition("\n")[0]
 
 
 def _by_rows(path: str, id: str, rows: int, reader: Any, size: int) -> list[Part]:
