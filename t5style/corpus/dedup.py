@@ -338,7 +338,7 @@ class Substrings:
             return text
         if positions[0] < 0 or positions[-1] + self.min_words > len(starts):
             raise ValueError(
-                f"windows begin at words {positions[0]} to {positions[-1]}, but the text has {len(starts)} words"
+                f"windows begin at words {positions[0]} to {positions[-1]}, and the text has {len(starts)}"
             )
         breaks = np.flatnonzero(np.diff(positions) > self.min_words)
         first = positions[np.concatenate([[0], breaks + 1])]

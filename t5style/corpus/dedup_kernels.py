@@ -1,4 +1,4 @@
-"""Deduplication's inner loops, compiled: MinHash signatures, connected components, keys of lines, winnowing."""
+"""Deduplication's inner loops, compiled: MinHash signatures, connected components, lines, winnowing."""
 
 from __future__ import annotations
 
@@ -63,8 +63,11 @@ def signature(text, table, ngram, constants):  # type: ignore[no-untyped-def]
     total = np.uint64(0)
     number = 0
     slot = 0
-    start, end, word = next_word(text, 0, table)
-    while start >= 0:
+    end = 0
+    while True:
+        start, end, word = next_word(text, end, table)
+        if start < 0:
+            break
         total = total * BASE + word - ring[slot] * oldest
         ring[slot] = word
         slot += 1
@@ -77,7 +80,6 @@ def signature(text, table, ngram, constants):  # type: ignore[no-untyped-def]
             if held == _BLOCK:
                 _lower(block, held, add, first, second, low)
                 held = 0
-        start, end, word = next_word(text, end, table)
     if 0 < number < ngram:
         block[0] = np.uint32(finished(total, number) >> _TOP)
         held = 1
@@ -279,3 +281,61 @@ def winnow(grams, window):  # type: ignore[no-untyped-def]
         if i >= window - 1:
             out[i - window + 1] = queue[head]
     return out
+
+
+@_jit
+def lookup(hashes, lengths, index, bits):  # type: ignore[no-untyped-def]
+    """Runs of words that are in an index.
+
+    Args:
+      hashes: uint64 [words].
+      lengths: int64, ascending: how many words the index's runs have.
+      index: uint64 [runs], sorted hashes of them.
+      bits: uint64 [2**b]: of each hash, the top b bits say the word, the next 6 and the lowest 6 a bit of it.
+
+    Returns:
+      int64 [found, 3]: first word, number of words, place in the index; by their last words.
+    """
+    one = np.uint64(1)
+    shift = np.uint64(64 - 6)
+    size = len(bits)
+    while size > 1:
+        size >>= 1
+        shift -= np.uint64(1)
+    sums = np.zeros(len(hashes) + 1, np.uint64)
+    for i in range(len(hashes)):
+        sums[i + 1] = sums[i] * BASE + hashes[i]
+    powers = np.empty(len(lengths), np.uint64)
+    for which in range(len(lengths)):
+        powers[which] = power(lengths[which])
+    found = np.empty((16, 3), np.int64)
+    number = 0
+    for end in range(1, len(hashes) + 1):
+        for which in range(len(lengths)):
+            length = lengths[which]
+            if length > end:
+                break
+            value = finished(sums[end] - sums[end - length] * powers[which], length)
+            top = value >> shift
+            mask = one << (top & np.uint64(63)) | one << (value & np.uint64(63))
+            if bits[top >> np.uint64(6)] & mask != mask:
+                continue
+            place = 0
+            above = len(index)
+            while place < above:
+                middle = (place + above) // 2
+                if index[middle] < value:
+                    place = middle + 1
+                else:
+                    above = middle
+            if place == len(index) or index[place] != value:
+                continue
+            if number == len(found):
+                grown = np.empty((2 * number, 3), np.int64)
+                grown[:number] = found
+                found = grown
+            found[number, 0] = end - length
+            found[number, 1] = length
+            found[number, 2] = place
+            number += 1
+    return found[:number]

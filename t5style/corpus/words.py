@@ -20,6 +20,8 @@ import numba
 import numpy as np
 
 _jit: Any = numba.njit(cache=True, nogil=True)
+# Inlined before types are known: arrays handed from function to function are counted at each call.
+_inline: Any = numba.njit(cache=True, nogil=True, inline="always")
 
 # Kinds of characters.
 _SEPARATOR, LETTER, SINGLE, _MARK, _IGNORED = range(5)
@@ -82,7 +84,7 @@ def mix(value):  # type: ignore[no-untyped-def]
     return value ^ (value >> _HALF)
 
 
-@_jit
+@_inline
 def character(text, i, table):  # type: ignore[no-untyped-def]
     """(entry of the table, bytes) of the character at byte ``i``."""
     first = np.uint32(text[i])
@@ -148,11 +150,12 @@ def next_word(text, i, table):  # type: ignore[no-untyped-def]
 def count(text, table):  # type: ignore[no-untyped-def]
     """The number of words."""
     number = 0
-    start, end, _ = next_word(text, 0, table)
-    while start >= 0:
-        number += 1
+    end = 0
+    while True:
         start, end, _ = next_word(text, end, table)
-    return number
+        if start < 0:
+            return number
+        number += 1
 
 
 @_jit
