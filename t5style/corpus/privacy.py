@@ -7,11 +7,12 @@ A kind's placeholder is its name in capitals. Kinds:
 - ``secret_key``: keys of known services, JSON web tokens, private keys in PEM, and values with mixed letters
   that are assigned to names such as ``api_key``;
 - ``crypto_wallet``: Bitcoin addresses;
-- numbers of states, named by country (ISO 3166) and number: ``us_ssn``, ``uk_nhs``, ``es_dni`` (also NIE),
+- numbers of states, named by country and number: ``us_ssn``, ``uk_nhs``, ``es_dni`` (also NIE),
   ``it_codice_fiscale``, and so on (``privacy_patterns.NATIONAL_IDS``).
 
 Numbers are reported only where they pass their checks (privacy_checks.py). Where look and check together
-still say little, a word that names the number must stand within 48 characters before it or 16 after it.
+still say little, a word that names the number must stand within 48 characters before it or 16 after it; a
+telephone number without country or area code needs one among the five words before it.
 """
 
 from __future__ import annotations
