@@ -10,6 +10,7 @@ import datetime
 import glob
 import os
 import re
+import stat
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
@@ -98,9 +99,14 @@ def _local(name: str) -> Iterator[tuple[Entry, int]]:
             os.path.normpath(match) for match in glob.glob(name, recursive=True) if os.path.isfile(match)
         ]
     for file in files:
-        stat = os.stat(file)
         depth = os.path.relpath(file, head or ".").count("/") + 1
-        yield Entry(file, "", stat.st_size, stat.st_mtime), depth
+        try:
+            status = os.stat(file)
+        except OSError:  # a link to nothing: reading it will say so
+            yield Entry(file, "", 1, 0.0), depth
+            continue
+        if stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+            yield Entry(file, "", status.st_size, status.st_mtime), depth
 
 
 def _walk(folder: str) -> Iterator[str]:

@@ -24,6 +24,7 @@ from t5style.corpus.parts import (
 from t5style.run_dir import UserError
 
 _STEP = 1 << 20
+_UNPACKED = 1 << 30  # bytes of a Parquet file inside .gz or .zst
 
 
 def _check(source: Any, name: str) -> None:
@@ -181,12 +182,15 @@ class ParquetFiles(FileSource):
 
         row: int | None = None  # the next to be read
         try:
-            # gzip of a Parquet file is rare, and cannot be read from the end as Parquet must: it is held
-            # whole.
             with open_lines(path) as raw:
-                file = _parquet(
-                    raw if suffix(path) == ".parquet" and raw.seekable() else io.BytesIO(raw.read())
-                )
+                if path.endswith((".gz", ".zst")):
+                    # Parquet is read from its end, which a compressed stream cannot be: it is held whole.
+                    data = raw.read(_UNPACKED + 1)
+                    if len(data) > _UNPACKED:
+                        yield Quarantined(path, "", "too large", "unpack it: Parquet has its own compression")
+                        return
+                    raw = io.BytesIO(data)
+                file = _parquet(raw)
                 schema = file.schema_arrow
                 if self.text_field not in schema.names:
                     yield Quarantined(

@@ -29,6 +29,7 @@ def test_encodings_of_real_sentences_are_found(count):
     assert wrong == []
 
 
+@hypothesis.settings(deadline=None)
 @hypothesis.given(st.text())
 def test_utf8_is_utf8_whatever_is_declared(text):
     hypothesis.assume("\0" not in text and "\x1b" not in text)
@@ -39,6 +40,7 @@ def test_utf8_is_utf8_whatever_is_declared(text):
         assert decoded.meta == {}
 
 
+@hypothesis.settings(deadline=None)
 @hypothesis.given(st.text(st.characters(codec="utf-16"), min_size=1))
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
 def test_a_byte_order_mark_is_believed(encoding, text):
@@ -47,6 +49,7 @@ def test_a_byte_order_mark_is_believed(encoding, text):
     assert (decoded.text, decoded.encoding) == (text, encoding)
 
 
+@hypothesis.settings(deadline=None)
 @hypothesis.given(
     st.binary(), st.sampled_from(["", "utf-8", "latin-1", "shift_jis", "utf-16"]), st.booleans()
 )

@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 
 import pytest
 import zstandard
@@ -178,6 +179,27 @@ def test_a_file_that_cannot_be_opened_is_quarantined(tmp_path):
     assert item.reason == "unreadable file"
 
 
+def test_links_to_nothing_are_quarantined_and_pipes_are_no_files(tmp_path):
+    (tmp_path / "a.txt").write_text("there")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "c.txt")
+    documents, quarantined = read(Files([str(tmp_path)]))
+    assert [item.text for item in documents] == ["there"]
+    assert [(item.file, item.reason) for item in quarantined] == [(f"{tmp_path}/b.txt", "unreadable file")]
+
+
+def test_a_reader_that_fails_on_a_file_does_not_end_the_run(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("there")
+
+    def failing(*_):
+        raise RuntimeError("out of order \ud800")
+
+    monkeypatch.setattr("t5style.corpus.charset.decode", failing)
+    documents, (item,) = read(Files([str(tmp_path)]))
+    assert documents == []
+    assert (item.reason, item.detail) == ("Files cannot read it", "RuntimeError: out of order \ufffd")
+
+
 def test_wrong_settings_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"no file or folder '.*nowhere"):
         TextFiles([f"{tmp_path}/nowhere.txt"]).parts()
@@ -207,6 +229,13 @@ def test_gutenberg_header_and_licence_go():
     assert strip_gutenberg(book) == book
 
 
+def test_the_gutenberg_stage_leaves_other_texts_alone():
+    document = Document("*** START OF THE PROJECT GUTENBERG EBOOK X ***\nbook\n", "i", "s", meta={"n": 1})
+    assert StripGutenberg()(document) == Document("book\n", "i", "s", meta={"n": 1})
+    other = Document("a book\n", "i")
+    assert StripGutenberg()(other) is other
+
+
 def test_samples_are_whole_and_named():
     documents, quarantined = read(Samples())
     assert quarantined == []
@@ -215,6 +244,9 @@ def test_samples_are_whole_and_named():
     assert all(item.license and item.language and item.text.strip() for item in documents)
     assert {item.language for item in documents} >= {"en", "de", "fr", "es", "ja", "ko", "tr"}
     by_id = {item.id: item for item in documents}
+    assert {item.meta["file"] for item in documents} == {
+        f"t5style/samples/{name}.jsonl.zst" for name in Samples().names
+    }
     assert by_id["bible-kjv/Ge1"].text.startswith("In the beginning God created the heaven and the earth.\n")
     assert len([item for item in documents if item.source == "bible-kjv"]) == 1189
     dog = by_id["wordnet/n02084071"]

@@ -92,7 +92,7 @@ def test_a_warc_that_is_cut_anywhere_is_never_silently_short(tmp_path, suffix):
     whole = b"".join(members)
     first, second = len(members[0]), len(members[0]) + len(members[1])
     end = 12  # bytes that may be missing without loss: line ends, or the compression's checksum
-    for cut in range(first + 1, len(whole)):
+    for cut in range(first + 1, len(whole), 1 if suffix else 3):
         (tmp_path / f"x.warc{suffix}").write_bytes(whole[:cut])
         documents, quarantined = read(WarcFiles([str(tmp_path)]))
         assert [item.text for item in documents] == [TEXTS[1], TEXTS[2]][: len(documents)]
