@@ -31,8 +31,15 @@ _jit: Any = numba.njit(cache=True, nogil=True)
 
 
 @_jit
+def _scale(count):  # type: ignore[no-untyped-def]
+    """What the sum of so many features is multiplied by."""
+    return 1.0 / math.sqrt(max(count, 1))
+
+
+@_jit
 def scan(text, words, least, most, bits, weights, out, record):  # type: ignore[no-untyped-def]
-    """Sums the weights of a text's features.
+    """Sums the weights of a text's features, those of words and those of characters each over the root of
+    their number.
 
     A token is a run of word bytes, of other signs or of line ends. The features are all n-grams of up to
     ``words`` tokens, and of every word, with a space at either end, all n-grams of ``least`` to ``most``
@@ -43,14 +50,15 @@ def scan(text, words, least, most, bits, weights, out, record):  # type: ignore[
       words, least, most: see above.
       bits: there are 2**bits features.
       weights: float32 [2**bits].
-      out: uint32 [``room(...)``], filled with the features' indices where ``record``; else not looked at.
+      out: uint32 [2, ``room(...)``], filled with the indices of words' and of characters' features where
+        ``record``; else not looked at.
 
     Returns:
-      (sum, number of features).
+      The sum; (scale of words, of characters); (number of words' features, of characters').
     """
     shift = np.uint64(64 - bits)
-    total = 0.0
-    count = 0
+    total = np.zeros(2)
+    count = np.zeros(2, np.int64)
     past = np.zeros(max(words, 1), np.uint64)
     seen = 0
     size = len(text)
@@ -71,10 +79,10 @@ def scan(text, words, least, most, bits, weights, out, record):  # type: ignore[
             if back:
                 gram = (gram * _PRIME ^ past[(seen - back) % words]) * _SPREAD
             index = (gram * _SPREAD) >> shift
-            total += weights[index]
+            total[0] += weights[index]
             if record:
-                out[count] = index
-            count += 1
+                out[0, count[0]] = index
+            count[0] += 1
         if words:
             past[seen % words] = token
             seen += 1
@@ -97,24 +105,19 @@ def scan(text, words, least, most, bits, weights, out, record):  # type: ignore[
                 length += 1
                 if length >= least:
                     index = (gram * _SPREAD) >> shift
-                    total += weights[index]
+                    total[1] += weights[index]
                     if record:
-                        out[count] = index
-                    count += 1
+                        out[1, count[1]] = index
+                    count[1] += 1
                     if length == most:
                         break
-    return total, count
+    scales = (_scale(count[0]), _scale(count[1]))
+    return total[0] * scales[0] + total[1] * scales[1], scales, (count[0], count[1])
 
 
 def room(size: int, words: int, least: int, most: int) -> int:
-    """Most features that ``scan`` can find in so many bytes."""
-    return size * (words + (2 * (most - least + 1) if most else 0)) + 1
-
-
-@_jit
-def scale(count):  # type: ignore[no-untyped-def]
-    """What the sum of so many features is multiplied by."""
-    return 1.0 / math.sqrt(max(count, 1))
+    """Most features of a family that ``scan`` can find in so many bytes."""
+    return size * max(words, 2 * (most - least + 1) if most else 0) + 1
 
 
 @_jit
@@ -138,21 +141,21 @@ def train(  # type: ignore[no-untyped-def]
     for step in range(len(order)):
         example = order[step]
         text = data[offsets[example] : offsets[example + 1]]
-        total, count = scan(text, words, least, most, bits, weights, out, True)
-        factor = scale(count)
-        margin = bias[0] + total * factor
+        total, scales, counts = scan(text, words, least, most, bits, weights, out, True)
+        margin = bias[0] + total
         probability = 1.0 / (1.0 + math.exp(-margin)) if margin > -700 else 0.0
         wrong = (probability - targets[example]) * importance[example]
         signed = margin if targets[example] > 0.5 else -margin
         loss += importance[example] * (math.log1p(math.exp(-abs(signed))) + max(-signed, 0.0))
         bias[1] += wrong * wrong
         bias[0] -= rates[step] * wrong / (math.sqrt(bias[1]) + _SMALL)
-        gradient = np.float32(wrong * factor)
         rate = np.float32(rates[step])
-        for k in range(count):
-            index = out[k]
-            squares[index] += gradient * gradient
-            weights[index] -= rate * gradient / (math.sqrt(squares[index]) + _SMALL)
+        for family in range(2):
+            gradient = np.float32(wrong * scales[family])
+            for k in range(counts[family]):
+                index = out[family, k]
+                squares[index] += gradient * gradient
+                weights[index] -= rate * gradient / (math.sqrt(squares[index]) + _SMALL)
     return loss
 
 

@@ -61,7 +61,7 @@ class TrainClassifier:
     score_of: str = "good"
     features: Features = _FEATURES
     epochs: int = 5
-    learning_rate: float = 0.2
+    learning_rate: float = 0.1
     seed: int = 0
     holdout: float = 0.2
     calibration: float = 0.1

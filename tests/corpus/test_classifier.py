@@ -55,12 +55,17 @@ def run(job, folder):
 
 def features_of(text, words, least, most, bits=20):
     data = np.frombuffer(text.lower().encode(), np.uint8)
-    out = np.zeros(kernels.room(len(data), words, least, most), np.uint32)
+    out = np.zeros((2, kernels.room(len(data), words, least, most)), np.uint32)
     weights = np.random.default_rng(0).normal(size=2**bits).astype(np.float32)
-    total, count = kernels.scan(data, words, least, most, bits, weights, out, True)
-    assert kernels.scan(data, words, least, most, bits, weights, out[:0], False) == (total, count)
-    assert total == pytest.approx(weights[out[:count]].astype(float).sum(), abs=1e-3)
-    return sorted(out[:count].tolist())
+    total, scales, counts = kernels.scan(data, words, least, most, bits, weights, out, True)
+    assert (
+        kernels.scan(data, words, least, most, bits, weights, np.empty((2, 0), np.uint32), False)[0] == total
+    )
+    indices = [row[:count] for row, count in zip(out, counts, strict=True)]
+    sums = [weights[part].astype(float).sum() / max(len(part), 1) ** 0.5 for part in indices]
+    assert total == pytest.approx(sum(sums), abs=1e-3)
+    assert scales == pytest.approx([max(count, 1) ** -0.5 for count in counts])
+    return sorted(np.concatenate(indices).tolist())
 
 
 def expected_grams(text, words, least, most):
