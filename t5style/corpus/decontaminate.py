@@ -1,7 +1,7 @@
 """Decontamination: documents that share word n-grams with evaluation data are dropped, or these cut out.
 
-As for GPT-3 (Brown et al. 2020, appendix C): 13-grams of words, case and punctuation apart; an evaluation text
-of fewer words counts as a whole, but not one of fewer than 8, which says too little.
+As for GPT-3 (Brown et al. 2020, appendix C): 13-grams of words, case and punctuation apart; an evaluation
+text of fewer words counts as a whole, but not one of fewer than 8, which says too little.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def build(
     every = np.concatenate([np.empty(0, np.uint64), *parts])
     origin = np.repeat(np.array(sources, np.int32), [len(part) for part in parts])
     distinct, first = np.unique(every, return_index=True)
-    # Two of a word's 64 bits for each hash, 16 bits or more for each hash: of those that are not in the index,
-    # fewer than one in 50 are looked for in vain.
+    # Two of a word's 64 bits for each hash, 16 bits or more of space for it: of the hashes that are not in
+    # the index, fewer than one in 50 are looked for in vain.
     width = max(6, int(16 * len(distinct)).bit_length())
     bits = np.zeros(1 << (width - 6), np.uint64)
     top = distinct >> np.uint64(64 - width)
@@ -122,12 +122,10 @@ def overlaps(text: str, index: Index) -> list[Overlap]:
     result: list[Overlap] = []
     character = byte = 0
     for first, last, place in _merged(found):
-        offsets = []
-        for offset in (starts[first], ends[last]):
-            character += len(raw[byte:offset].decode("utf-8", "surrogatepass"))
-            byte = offset
-            offsets.append(character)
-        result.append(Overlap(*offsets, index.names[index.sources[place]]))
+        start = character + len(_decode(raw[byte : starts[first]]))
+        character = start + len(_decode(raw[starts[first] : ends[last]]))
+        byte = ends[last]
+        result.append(Overlap(start, character, index.names[index.sources[place]]))
     return result
 
 
@@ -148,13 +146,13 @@ class Decontaminate:
     """Drops documents that share n-grams of words with evaluation data, or cuts the passages out.
 
     Attributes:
-      files: evaluation data: files, folders or patterns of .jsonl, .json (also in SQuAD's format), .csv, .tsv,
-        .txt and .parquet, plain, .gz or .zst (not .parquet), and .zip files of these.
+      files: evaluation data: files, folders or patterns of .jsonl, .json (also in SQuAD's format), .csv,
+        .tsv, .txt and .parquet, plain, .gz or .zst (not .parquet), and .zip files of these.
       ngram: words in an n-gram; a shorter text counts as a whole.
       fields: names of the fields (at any depth), or columns, whose strings count; empty: all.
-      action: "drop", or "remove": cuts out what matches with ``context`` characters on either side, leaves out
-        pieces shorter than ``context``, and drops the document where more than ``max_pieces`` would be left
-        (Brown et al. 2020 take 200 characters and 10 pieces).
+      action: "drop", or "remove": cuts out what matches with ``context`` characters on either side, leaves
+        out pieces shorter than ``context``, and drops the document where more than ``max_pieces`` would be
+        left (Brown et al. 2020 take 200 characters and 10 pieces).
       max_overlap: a document may share this many n-grams.
       min_words: evaluation texts of fewer words are left out.
       context: see ``action``.
@@ -241,8 +239,8 @@ def _index(files: tuple[str, ...], ngram: int, fields: tuple[str, ...], min_word
     index = build(every, ngram, min_words, names)
     if not len(index.hashes):
         raise UserError(
-            f"Decontaminate: none of the {len(every)} texts in {', '.join(files)} has {min_words} words or more; "
-            "set min_words lower to look for shorter ones"
+            f"Decontaminate: none of the {len(every)} texts in {', '.join(files)} has {min_words} words or "
+            "more; set min_words lower to look for shorter ones"
         )
     return index
 
@@ -304,9 +302,9 @@ def _read(file: IO[bytes], name: str, fields: Sequence[str]) -> Iterator[str]:
             yield from _strings(row, wanted)
     elif name.endswith(".txt"):
         paragraph: list[str] = []
-        for line in io.TextIOWrapper(file, "utf-8-sig"):
-            if line.strip():
-                paragraph.append(line)
+        for row_text in io.TextIOWrapper(file, "utf-8-sig"):
+            if row_text.strip():
+                paragraph.append(row_text)
             elif paragraph:
                 yield "".join(paragraph)
                 paragraph = []

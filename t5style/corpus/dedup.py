@@ -63,7 +63,7 @@ class MinHash:
         from t5style.corpus import dedup_kernels, words
 
         constants = _permutations(self.bands * self.rows, self.seed)
-        return dedup_kernels.signature(words.utf8(text), words.table(), self.ngram, constants)  # type: ignore[no-any-return]
+        return dedup_kernels.signature(words.utf8(text), words.table(), self.ngram, constants)
 
     def band_keys(self, text: str) -> np.ndarray:
         """uint64 [bands], never 0; the band's number is hashed too, so that different bands never match."""
@@ -126,7 +126,7 @@ def components(n: int, pairs: np.ndarray) -> np.ndarray:
     pairs = np.ascontiguousarray(pairs, np.int64).reshape(-1, 2)
     if len(pairs) and not 0 <= pairs.min() <= pairs.max() < n:
         raise ValueError(f"pairs name items {pairs.min()} to {pairs.max()}, but there are {n}")
-    return dedup_kernels.components(n, pairs)  # type: ignore[no-any-return]
+    return dedup_kernels.components(n, pairs)
 
 
 def band_pairs(keys: np.ndarray, order: np.ndarray) -> np.ndarray:
@@ -370,7 +370,7 @@ def cut_words(raw: bytes, starts: np.ndarray, ends: np.ndarray, cuts: Iterable[t
             seam = head
         else:
             seam = head + max(left, right, key=lambda white: (white.count("\n"), len(white))) + tail
-            if not seam and _spaced(raw[starts[first - 1] :]) and _spaced(raw[end:]):
+            if not seam and _spaced(raw, starts[first - 1]) and _spaced(raw, end):
                 seam = " "
         pieces += [raw[done:begin], seam.encode("utf-8", "surrogatepass")]
         done = end
@@ -381,9 +381,9 @@ def _decode(raw: bytes) -> str:
     return raw.decode("utf-8", "surrogatepass")
 
 
-def _spaced(raw: bytes) -> bool:
-    """Whether the first character is of a script that is written with spaces."""
+def _spaced(raw: bytes, at: int) -> bool:
+    """Whether the character at this byte is of a script that is written with spaces."""
     from t5style.corpus import words
 
-    entry, _ = words.character(np.frombuffer(raw[:4], np.uint8), 0, words.table())
+    entry, _ = words.character(np.frombuffer(raw[at : at + 4], np.uint8), 0, words.table())
     return bool(entry >> words.KIND_SHIFT == words.LETTER)

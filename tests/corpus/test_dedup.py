@@ -58,7 +58,7 @@ def test_recall_follows_theory_at_known_similarity(edits: int) -> None:
 
 
 def test_values_of_a_signature_are_independent() -> None:
-    """The variance of the number of agreeing values is the binomial one: no two permutations move together."""
+    """The number of agreeing values varies as a binomial one: permutations do not move together."""
     rng = random.Random(0)
     minhash = dedup.MinHash(ngram=1)
     counts = []
@@ -74,7 +74,10 @@ def test_values_of_a_signature_are_independent() -> None:
 def test_band_keys_tell_bands_seeds_and_sizes_apart() -> None:
     text = "one two three four five six seven"
     keys = dedup.MinHash().band_keys(text)
-    assert keys.dtype == np.uint64 and keys.shape == (14,) and keys.all() and len(set(keys.tolist())) == 14
+    assert keys.dtype == np.uint64
+    assert keys.shape == (14,)
+    assert keys.all()
+    assert len(set(keys.tolist())) == 14
     assert dedup.MinHash().signature(text).shape == (112,)
     assert not np.intersect1d(keys, dedup.MinHash(seed=2).band_keys(text)).size
     assert dedup.MinHash(bands=3, rows=2).band_keys(text).shape == (3,)
@@ -177,7 +180,9 @@ def test_planted_articles_are_found_and_no_others(size: int) -> None:
 
 
 def test_line_keys_as_in_ccnet() -> None:
-    keys = dedup.line_keys("  Page 12 of 40\nPAGE 77, of 99!\n\nPage 1 of 40\n-----\nPagé 12 of 40", min_characters=5)
+    keys = dedup.line_keys(
+        "  Page 12 of 40\nPAGE 77, of 99!\n\nPage 1 of 40\n-----\nPagé 12 of 40", min_characters=5
+    )
     assert keys[0] == keys[1] != 0
     assert keys[2] == keys[4] == 0
     assert len(set(keys[[0, 3, 5]].tolist())) == 3
@@ -190,7 +195,8 @@ def test_line_keys_as_in_ccnet() -> None:
 def test_paragraphs_are_what_blank_lines_part() -> None:
     text = "\n \nOne line\nand two.\n\t\n\nOne line and two\n"
     keys = dedup.line_keys(text, "paragraph", 1)
-    assert len(keys) == 2 and keys[0] == keys[1] != 0
+    assert len(keys) == 2
+    assert keys[0] == keys[1] != 0
     assert dedup.remove_units(text, np.array([False, True]), "paragraph") == "\n \nOne line\nand two."
     assert dedup.remove_units(text, np.array([True, False]), "paragraph") == "One line and two\n"
     assert dedup.line_keys(" \n", "paragraph", 1).tolist() == []
@@ -248,7 +254,9 @@ def _brute(corpus: list[list[str]], size: int) -> list[list[int]]:
 
 
 def _two_steps(texts: list[str], substrings: dedup.Substrings) -> list[list[int]]:
-    values, counts = np.unique(np.concatenate([substrings.fingerprints(t) for t in texts]), return_counts=True)
+    values, counts = np.unique(
+        np.concatenate([substrings.fingerprints(t) for t in texts]), return_counts=True
+    )
     seen: set[int] = set()
     result = []
     for text in texts:

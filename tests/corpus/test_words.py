@@ -62,14 +62,15 @@ def test_every_text_splits_into_words_in_order(text: str) -> None:
     data = words.utf8(text)
     hashes, starts, ends = words.split(data, words.table())
     assert len(hashes) == words.count(data, words.table())
-    assert (starts < ends).all() and (ends[:-1] <= starts[1:]).all()
+    assert (starts < ends).all()
+    assert (ends[:-1] <= starts[1:]).all()
     for start, end in zip(starts, ends, strict=True):
         data[start:end].tobytes().decode()  # whole characters
 
 
 def test_hashes_are_the_same_in_every_process() -> None:
     # Decided once: indexes on disk depend on it.
-    assert _hashes("Hello, 世") == [0xe9c562c0fdb23244, 0x659f38ae50949d3d]
+    assert _hashes("Hello, 世") == [0xE9C562C0FDB23244, 0x659F38AE50949D3D]
 
 
 @given(st.lists(st.integers(0, 3), max_size=40), st.integers(1, 8))
