@@ -18,9 +18,10 @@ from t5style.corpus.document import Document, valid
 from t5style.corpus.stages import Drop
 from t5style.run_dir import UserError
 
-# Longer pages (characters) have their tags stripped: trafilatura takes up to 2 s for a million characters of
-# table. Common Crawl, for one, cuts pages off after 5 MiB.
+# Pages of more characters, or of more tags, have them stripped: trafilatura takes some 50 us for an element,
+# which would be minutes. News pages have 3,000 tags, and Common Crawl, for one, cuts pages off after 5 MiB.
 LONGEST = 5 << 20
+MOST_TAGS = 200_000
 # What lxml refuses in text.
 _CONTROLS = re.compile("[\x00-\x08\x0b\x0e-\x1f\ufffe\uffff]")
 # Every pattern ends at the next "<", its own end or the end of the page, where browsers too end what is not
@@ -41,9 +42,9 @@ _TAG = re.compile(r"<[a-z/!?][^<>]*>", re.I)
 def html_to_text(html: str) -> str:
     """The main text of a page, with a line for each paragraph, heading, list item and row of a table.
 
-    List items are marked "- ", cells of a table "|". Readers' comments are left out. Of a page in which no main
-    text is found, as of one too long (``LONGEST``) or too deeply nested to be parsed, all text is returned
-    (``strip_tags``).
+    List items are marked "- ", cells of a table "|". Readers' comments are left out. Of a page in which no
+    main text is found, as of one too long (``LONGEST``, ``MOST_TAGS``) or too deeply nested to be
+    parsed, all text is returned (``strip_tags``).
 
     Args:
       html: a page, already decoded: what it says about its encoding is ignored. Any string will do.
@@ -69,7 +70,7 @@ def _parse(html: str) -> Any:
     from lxml import etree
     from lxml.html import HTMLParser, document_fromstring
 
-    if len(html) > LONGEST:
+    if len(html) > LONGEST or html.count("<") > MOST_TAGS:
         return None
     # Bytes, for lxml refuses a str that declares an encoding; a parser for each page holds its own errors.
     parser = HTMLParser(

@@ -58,8 +58,8 @@ _CODES = {
 _SURE_SCORE, _SURE_PERCENT = 500, 90
 # CLD2 takes Macedonian and Bulgarian for Serbian, and hardly tells the others apart, however high its score.
 _UNSURE = frozenset(("sr", "hr", "bs", "id", "ms"))
-# Pool: log p(language) = _SHARPNESS * (log of the second opinion / sqrt(bytes) + _CLD2_WEIGHT * CLD2's share of
-# the text). A language that only CLD2 knows counts as _UNKNOWN below the second opinion's best.
+# Pool: log p(language) = _SHARPNESS * (log of the second opinion / sqrt(bytes) + _CLD2_WEIGHT * CLD2's share
+# of the text). A language that only CLD2 knows counts as _UNKNOWN below the second opinion's best.
 _CLD2_WEIGHT, _UNKNOWN, _SHARPNESS = 4.0, 3.0, 0.65
 # A probability for the answers of CLD2 that stand alone: logistic in its score and the length.
 _ALONE = (-8.7, 3.4, 2.3)
@@ -226,8 +226,8 @@ class Identify:
         for code in (*(self.keep or ()), *self.thresholds):
             if code not in LANGUAGES:
                 raise UserError(
-                    f"Identify knows no language {code!r}{_hint(code)}; codes are ISO 639-1 (en, de, nb), or 639-3 "
-                    "where that has none: see t5style.corpus.language.LANGUAGES"
+                    f"Identify knows no language {code!r}{_hint(code)}; codes are ISO 639-1 (en, de, nb), or "
+                    "639-3 where that has none: see t5style.corpus.language.LANGUAGES"
                 )
         for code in self.thresholds:
             if self.keep is not None and code not in self.keep:
