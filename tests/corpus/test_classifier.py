@@ -53,16 +53,18 @@ def run(job, folder):
 # ------------------------------------------------------------------------------------------------- features
 
 
-def features_of(text, words, least, most, bits=20):
+_WEIGHTS = np.random.default_rng(0).normal(size=2**20).astype(np.float32)
+
+
+def features_of(text, words, least, most):
     data = np.frombuffer(text.lower().encode(), np.uint8)
     out = np.zeros((2, kernels.room(len(data), words, least, most)), np.uint32)
-    weights = np.random.default_rng(0).normal(size=2**bits).astype(np.float32)
-    total, scales, counts = kernels.scan(data, words, least, most, bits, weights, out, True)
+    total, scales, counts = kernels.scan(data, words, least, most, 20, _WEIGHTS, out, True)
     assert (
-        kernels.scan(data, words, least, most, bits, weights, np.empty((2, 0), np.uint32), False)[0] == total
+        kernels.scan(data, words, least, most, 20, _WEIGHTS, np.empty((2, 0), np.uint32), False)[0] == total
     )
     indices = [row[:count] for row, count in zip(out, counts, strict=True)]
-    sums = [weights[part].astype(float).sum() / max(len(part), 1) ** 0.5 for part in indices]
+    sums = [_WEIGHTS[part].astype(float).sum() / max(len(part), 1) ** 0.5 for part in indices]
     assert total == pytest.approx(sum(sums), abs=1e-3)
     assert scales == pytest.approx([max(count, 1) ** -0.5 for count in counts])
     return sorted(np.concatenate(indices).tolist())
