@@ -11,6 +11,7 @@ from typing import Any
 
 from t5style.corpus.document import Document
 from t5style.corpus.stages import Drop, Stage
+from t5style.run_dir import UserError
 
 _FIRST, _EVERY = 100, 64  # documents of a chunk that are measured: the first so many, then one in so many
 _SHARES = [i / 40 for i in range(41)]
@@ -131,7 +132,8 @@ def apply(
 
     Returns:
       The document as it is at the end or where it is dropped; why it is dropped; the index of that stage. A
-      stage that fails on a document drops it for that reason, and the others go on.
+      stage that fails on a document drops it for that reason, and the others go on; a UserError ends the
+      run.
     """
     clock = time.perf_counter
     for index, (stage, row) in enumerate(zip(stages, rows, strict=True)):
@@ -140,6 +142,8 @@ def apply(
         began = clock()
         try:
             result = stage(document)
+        except UserError:  # wrong settings, a package that is missing: true of every document
+            raise
         except Exception as error:
             result = Drop(f"{type(stage).__name__} failed: {type(error).__name__}", str(error))
         row.seconds += clock() - began

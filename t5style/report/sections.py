@@ -211,7 +211,8 @@ def vocabulary(stage: Stage) -> dict[str, Any] | None:
     """Facts of a stage that made a vocabulary."""
     if stage.json("vocabulary.json") is None:
         return None
-    return {"stage": stage.name, "rows": flat(stage.figures)}
+    report = stage.json("vocabulary_report.json") or {}
+    return {"stage": stage.name, "rows": flat(stage.figures), "languages": report.get("languages", {})}
 
 
 def goodput(stage: Stage) -> dict[str, Any] | None:
