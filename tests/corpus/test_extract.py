@@ -144,7 +144,7 @@ MARKUP = st.sampled_from(
         "]]>",
         "<?xml ?>",
         "\x00",
-        "�",
+        "\ud800",
         "<meta charset=utf-16>",
         "<base href='http://[::1'>",
         "<html lang=''>",
