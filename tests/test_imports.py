@@ -43,7 +43,7 @@ ONLY_IN = {
     "gin": {"launch"},
     "seqio": {"data/seqio_bridge"},
     "tensorflow": {"data/seqio_bridge"},
-    "tensorflow_datasets": {"data/seqio_bridge"},
+    "tensorflow_datasets": {"data/seqio_bridge", "corpus/hub_sources"},  # there as a source, without TensorFlow
     "tensorflow_text": {"data/seqio_bridge"},
     "t5": set(),
     "clu": set(),
@@ -52,6 +52,7 @@ ONLY_IN = {
 LAZY = {
     *("tensorflow", "tensorflow_datasets", "tensorflow_text", "seqio", "torch", "transformers", "tokenizers"),
     *("plotly", "rouge_score", "sacrebleu", "nltk"),
+    *("trafilatura", "ftfy", "py3langid", "fastwarc", "pypdf", "datasets", "apache_beam", "mlcroissant"),
 }
 # Packages that whole rooms do without.
 WITHOUT = {
