@@ -1,8 +1,9 @@
 """Quality rules: Gopher's (quality and repetition), C4's and FineWeb's, with their published thresholds.
 
 Each is a function of a text and a stage. The thresholds are those of datatrove 0.10, whose decisions on
-English these are (``experiments/benchmarks/corpus_quality.py``). Other languages have thresholds and stop words
-of their own where such are known (``quality_languages``); rules that make no sense for a language are left out.
+English these are (``experiments/benchmarks/corpus_quality.py``). Other languages have thresholds and stop
+words of their own where such are known (``quality_languages``); rules that make no sense for a language are
+left out.
 """
 
 from __future__ import annotations
@@ -94,7 +95,9 @@ class _Rules:
         object.__setattr__(self, "_settings", {})
         name = type(self).__name__
         if not self.language:
-            raise UserError(f"{name}.language is empty; name the language of documents that do not, such as 'en'")
+            raise UserError(
+                f"{name}.language is empty; name the language of documents that do not, such as 'en'"
+            )
         known = {field.name for field in dataclasses.fields(self)} - {"language", "languages"}
         own = {field: getattr(self, field) for field in known}
         _check(name, own)
@@ -137,9 +140,15 @@ def _check(name: str, settings: Mapping[str, Any]) -> None:
                         f"(0 to 1), not {entry!r}"
                     )
         elif not isinstance(value, (int, float)) or value < 0:
-            raise UserError(f"{name}.{field} must be a number of 0 or more, or None for no such rule, not {value!r}")
+            raise UserError(
+                f"{name}.{field} must be a number of 0 or more, or None for no such rule, not {value!r}"
+            )
     for low, high in (("min_words", "max_words"), ("min_mean_word_length", "max_mean_word_length")):
-        if settings.get(low) is not None and settings.get(high) is not None and settings[low] > settings[high]:
+        if (
+            settings.get(low) is not None
+            and settings.get(high) is not None
+            and settings[low] > settings[high]
+        ):
             raise UserError(
                 f"{name}.{low}={settings[low]} is more than {high}={settings[high]}: nothing would be kept"
             )
@@ -209,8 +218,12 @@ class Gopher(_Rules):
             _above("too many hash signs", count.ratio("hashes", "words"), rule["max_symbol_ratio"]),
             _above("too many ellipses", count.ratio("ellipses", "words"), rule["max_symbol_ratio"]),
             _above("too many bullets", count.ratio("bullet_lines", "lines"), rule["max_bullet_lines"]),
-            _above("lines end in ellipses", count.ratio("ellipsis_lines", "lines"), rule["max_ellipsis_lines"]),
-            _below("too few words with letters", count.ratio("letter_words", "words"), rule["min_letter_words"]),
+            _above(
+                "lines end in ellipses", count.ratio("ellipsis_lines", "lines"), rule["max_ellipsis_lines"]
+            ),
+            _below(
+                "too few words with letters", count.ratio("letter_words", "words"), rule["min_letter_words"]
+            ),
             _below("too few stop words", count["stop_words"], rule["min_stop_words"]),
         ]
         for unit, rest in (("paragraph", "paragraph"), ("run", "line")):
@@ -218,9 +231,13 @@ class Gopher(_Rules):
             characters = count.ratio(f"repeated_{unit}_characters", "characters")
             found += [
                 _above(f"duplicate {rest}s", share, rule[f"max_duplicate_{rest}s"]),
-                _above(f"characters in duplicate {rest}s", characters, rule[f"max_duplicate_{rest}_characters"]),
+                _above(
+                    f"characters in duplicate {rest}s", characters, rule[f"max_duplicate_{rest}_characters"]
+                ),
             ]
-        found += [_above(f"frequent {n}-gram", count.top(n), most) for n, most in rule["max_top_ngrams"] or ()]
+        found += [
+            _above(f"frequent {n}-gram", count.top(n), most) for n, most in rule["max_top_ngrams"] or ()
+        ]
         found += [
             _above(f"duplicate {n}-grams", count.repeated(n), most)
             for n, most in rule["max_duplicate_ngrams"] or ()

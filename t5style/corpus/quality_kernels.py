@@ -63,10 +63,8 @@ def _count_lines(codes, classes, counts):  # type: ignore[no-untyped-def]
             if a < b:
                 counts[8] += codes[a] == 0x2022 or codes[a] == 45
                 last = codes[b - 1]
-                if last == 0x2026:
-                    counts[9] += 1
-                elif last == 46 and b - a >= 3 and codes[b - 2] == 46 and codes[b - 3] == 46:
-                    counts[9] += 1
+                three = last == 46 and b - a >= 3 and codes[b - 2] == 46 and codes[b - 3] == 46
+                counts[9] += three or last == 0x2026
             if code == 13 and i + 1 < size and codes[i + 1] == 10:
                 counts[21] += 1
                 i += 1
@@ -137,8 +135,8 @@ def _count_words(codes, starts, ends, classes, stop_words, found, prefix, invers
     """Sorts of words. counts[1:5], counts[10].
 
     Fills in polynomials in BASE modulo 2^64 of all words, one after the other: the difference of two of
-    ``prefix``, brought back to the power 0 by ``inverse``, is the hash of what lies between them. ``lengths`` are
-    the characters before each word.
+    ``prefix``, brought back to the power 0 by ``inverse``, is the hash of what lies between them. ``lengths``
+    are the characters before each word.
     """
     filters, keys, values = stop_words
     total, power, back = _ZERO, _ONE, _ONE

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -40,74 +40,78 @@ import numpy as np
 _SIZE = 0x32400  # beyond the last letter there are only tags, variation selectors and private characters
 
 _LATIN = (
-    "AZ az \uff21\uff3a \uff41\uff5a \u00c0\u00d6 \u00d8\u00f6 \u00f8\u01bf \u01c4\u02af \u1d00\u1d25 \u1d6b\u1d77 "
-    "\u1d79\u1d9a \u1e00\u1eff \u2c60\u2c7b \u2c7e\u2c7f \ua722\ua76f \ua771\ua787 \ua78b\ua78e \ua790\ua7b9 "
-    "\ua7fa\ua7fa \uab30\uab5a \uab60\uab64"
+    "AZ az \uff21\uff3a \uff41\uff5a \u00c0\u00d6 \u00d8\u00f6 \u00f8\u01bf \u01c4\u02af \u1d00\u1d25 "
+    "\u1d6b\u1d77 \u1d79\u1d9a \u1e00\u1eff \u2c60\u2c7b \u2c7e\u2c7f \ua722\ua76f \ua771\ua787 "
+    "\ua78b\ua78e \ua790\ua7b9 \ua7fa\ua7fa \uab30\uab5a \uab60\uab64"
 )
 _GREEK_CYRILLIC = (
-    "αω ΑΩ άά έέ ίί όό ώώ ήή ύύ ΆΆ ΈΈ ΊΊ ΌΌ ΏΏ ΉΉ ΎΎ ая АЯ ёё ЁЁ әә өө үү җҗ ңң һһ ӘӘ ӨӨ ҮҮ ҖҖ ҢҢ ҺҺ "
-    "іі її єє ґґ ІІ ЇЇ ЄЄ ҐҐ ѓѓ ѕѕ јј љљ њњ ќќ ѐѐ ѝѝ ЃЃ ЅЅ ЈЈ ЉЉ ЊЊ ЌЌ ЀЀ ЍЍ"
+    "αω ΑΩ άά έέ ίί όό ώώ ήή ύύ ΆΆ ΈΈ ΊΊ ΌΌ ΏΏ ΉΉ ΎΎ ая АЯ ёё ЁЁ әә өө үү җҗ ңң һһ ӘӘ ӨӨ ҮҮ ҖҖ ҢҢ ҺҺ іі "
+    "її єє ґґ ІІ ЇЇ ЄЄ ҐҐ ѓѓ ѕѕ јј љљ њњ ќќ ѐѐ ѝѝ ЃЃ ЅЅ ЈЈ ЉЉ ЊЊ ЌЌ ЀЀ ЍЍ"
 )
 _UNCASED = (
-    "\u1200\u137f \u0980\u09ff \u0591\u05f4 \ufb1d\ufb4f \u0620\u064a \u066e\u06d5 \u06e5\u06ff \u0750\u077f "
-    "\u08a0\u08bd \ufb50\ufbb1 \ufbd3\ufd3d \ufd50\ufdc7 \ufdf0\ufdfb \ufe70\ufefc \U0001ee00\U0001eebb "
-    "\u0d80\u0dff \u0900\u097f \u0c80\u0cff \u0b80\u0bff \u0c00\u0c7f \uac00\ud7af \u1100\u11ff \u3040\u30ff "
-    "\u4e00\u9fff \u3400\u4dbf \U00020000\U0002a6df \U0002a700\U0002ebef \u2e80\u2fdf \u2ff0\u303f \u31c0\u31ef "
-    "\u3200\u33ff \uf900\ufaff \ufe30\ufe4f \U0001f200\U0001f2ff \U0002f800\U0002fa1f"
+    "\u1200\u137f \u0980\u09ff \u0591\u05f4 \ufb1d\ufb4f \u0620\u064a \u066e\u06d5 \u06e5\u06ff "
+    "\u0750\u077f \u08a0\u08bd \ufb50\ufbb1 \ufbd3\ufd3d \ufd50\ufdc7 \ufdf0\ufdfb \ufe70\ufefc "
+    "\U0001ee00\U0001eebb \u0d80\u0dff \u0900\u097f \u0c80\u0cff \u0b80\u0bff \u0c00\u0c7f \uac00\ud7af "
+    "\u1100\u11ff \u3040\u30ff \u4e00\u9fff \u3400\u4dbf \U00020000\U0002a6df \U0002a700\U0002ebef "
+    "\u2e80\u2fdf \u2ff0\u303f \u31c0\u31ef \u3200\u33ff \uf900\ufaff \ufe30\ufe4f \U0001f200\U0001f2ff "
+    "\U0002f800\U0002fa1f"
 )
 # Han, kana, Thai, Lao, Tibetan, Myanmar, Khmer.
 _UNSPACED = (
-    "\u3005\u3007 \u3041\u3096 \u30a1\u30fa \u30fc\u30fe \u3400\u4dbf \u4e00\u9fff \uf900\ufaff \uff66\uff9d "
-    "\U00020000\U000323af \u0e01\u0e30 \u0e32\u0e33 \u0e40\u0e46 \u0e81\u0eb0 \u0eb2\u0eb3 \u0ebd\u0ec6 "
-    "\u0edc\u0edf \u0f40\u0f6c \u1000\u102a \u103f\u103f \u1050\u1055 \u1780\u17b3"
+    "\u3005\u3007 \u3041\u3096 \u30a1\u30fa \u30fc\u30fe \u3400\u4dbf \u4e00\u9fff \uf900\ufaff "
+    "\uff66\uff9d \U00020000\U000323af \u0e01\u0e30 \u0e32\u0e33 \u0e40\u0e46 \u0e81\u0eb0 \u0eb2\u0eb3 "
+    "\u0ebd\u0ec6 \u0edc\u0edf \u0f40\u0f6c \u1000\u102a \u103f\u103f \u1050\u1055 \u1780\u17b3"
 )
 _PUNCTUATION = "…,:;!?¿؟¡()[]{}<>_#*&。？！，、；：～·।،۔؛٪"
 _QUOTES = "'\"”“`‘´’‚,„»«「」『』（）〔〕【】《》〈〉⟦⟧"
 _CURRENCIES = "$£€¥฿₽﷼₴₠₡₢₣₤₥₦₧₨₩₪₫₭₮₯₰₱₲₳₵₶₷₸₹₺₻₼₾₿"
 _UNITS = (
-    "km km² km³ m m² m³ dm dm² dm³ cm cm² cm³ mm mm² mm³ ha µm nm yd in ft kg g mg µg t lb oz m/s km/h kmh mph "
-    "hPa Pa mbar mb MB kb KB gb GB tb TB T G M K % км км² км³ м м² м³ дм дм² дм³ см см² см³ мм мм² мм³ нм кг г "
-    "мг м/с км/ч кПа Па мбар Кб КБ кб Мб МБ мб Гб ГБ гб Тб ТБ م م² م³ سم سم² سم³ مم مم² مم³ كم غرام جرام جم كغ "
-    "ملغ كوب اكواب"
-).split()
+    "km km² km³ m m² m³ dm dm² dm³ cm cm² cm³ mm mm² mm³ ha µm nm yd in ft kg g mg µg t lb oz m/s km/h "
+    "kmh mph hPa Pa mbar mb MB kb KB gb GB tb TB T G M K % км км² км³ м м² м³ дм дм² дм³ см см² см³ мм "
+    "мм² мм³ нм кг г мг м/с км/ч кПа Па мбар Кб КБ кб Мб МБ мб Гб ГБ гб Тб ТБ م م² م³ سم سم² سم³ مم مم² "
+    "مم³ كم غرام جرام جم كغ ملغ كوب اكواب"
+)
 _SYMBOLS = "!/—”:％１〈&(、━\\【#%「」，】；+^]~“《„';’{|∶´[=-`*．（–？！：$～«〉,><》)?）。…@_.\"}►»"
 # Sentence ends of all scripts: Unicode's property Sentence_Terminal as of 15.0, as datatrove has it.
 _TERMINALS = (
-    "!! .. ?? ։։ \u061d\u061f ۔۔ \u0700\u0702 ߹߹ ࠷࠷ ࠹࠹ \u083d\u083e ।॥ ၊။ ።። \u1367\u1368 ᙮᙮ \u1735\u1736 ᠃᠃ ᠉᠉ "
-    "\u1944\u1945 \u1aa8\u1aab \u1b5a\u1b5b \u1b5e\u1b5f \u1b7d\u1b7e \u1c3b\u1c3c \u1c7e\u1c7f \u203c\u203d "
-    "\u2047\u2049 \u2e2e\u2e2e \u2e3c\u2e3c \u2e53\u2e54 。。 \ua4ff\ua4ff \ua60e\ua60f \ua6f3\ua6f3 \ua6f7\ua6f7 "
-    "\ua876\ua877 \ua8ce\ua8cf \ua92f\ua92f \ua9c8\ua9c9 \uaa5d\uaa5f \uaaf0\uaaf1 \uabeb\uabeb ﹒﹒ \ufe56\ufe57 "
-    "！！ ．． ？？ ｡｡ ។៕ ៖៖ ៙៚"
+    "!! .. ?? ։։ \u061d\u061f ۔۔ \u0700\u0702 ߹߹ ࠷࠷ ࠹࠹ \u083d\u083e ।॥ ၊။ ።። \u1367\u1368 ᙮᙮ "
+    "\u1735\u1736 ᠃᠃ ᠉᠉ \u1944\u1945 \u1aa8\u1aab \u1b5a\u1b5b \u1b5e\u1b5f \u1b7d\u1b7e \u1c3b\u1c3c "
+    "\u1c7e\u1c7f \u203c\u203d \u2047\u2049 \u2e2e\u2e2e \u2e3c\u2e3c \u2e53\u2e54 。。 \ua4ff\ua4ff "
+    "\ua60e\ua60f \ua6f3\ua6f3 \ua6f7\ua6f7 \ua876\ua877 \ua8ce\ua8cf \ua92f\ua92f \ua9c8\ua9c9 "
+    "\uaa5d\uaa5f \uaaf0\uaaf1 \uabeb\uabeb ﹒﹒ \ufe56\ufe57 ！！ ．． ？？ ｡｡ ។៕ ៖៖ ៙៚"
 )
 # Symbols of Unicode 12 and later are no icons to spaCy.
 _LATER_ICONS = (
-    "\u166d\u166d \u2b97\u2b97 \u2bc9\u2bc9 \u2bff\u2bff \u2e50\u2e51 \u32ff\u32ff \ufd40\ufd4f \ufdcf\ufdcf "
-    "\ufdfe\ufdff \U00011fd5\U00011ff1 \U0001cf50\U0001cfc3 \U0001d1e9\U0001d1ea \U0001f10d\U0001f10f "
-    "\U0001f16c\U0001f16f \U0001f1ad\U0001f1ad \U0001f6d5\U0001f6df \U0001f6fa\U0001f6ff \U0001f7e0\U0001f7ff "
-    "\U0001f8b0\U0001f8b1 \U0001f90c\U0001f90f \U0001f93f\U0001f93f \U0001f971\U0001f972 \U0001f977\U0001f979 "
-    "\U0001f97b\U0001f97b \U0001f9a3\U0001f9af \U0001f9ba\U0001f9bf \U0001f9c3\U0001f9cf \U0001fa00\U0001fa53 "
+    "\u166d\u166d \u2b97\u2b97 \u2bc9\u2bc9 \u2bff\u2bff \u2e50\u2e51 \u32ff\u32ff \ufd40\ufd4f "
+    "\ufdcf\ufdcf \ufdfe\ufdff \U00011fd5\U00011ff1 \U0001cf50\U0001cfc3 \U0001d1e9\U0001d1ea "
+    "\U0001f10d\U0001f10f \U0001f16c\U0001f16f \U0001f1ad\U0001f1ad \U0001f6d5\U0001f6df "
+    "\U0001f6fa\U0001f6ff \U0001f7e0\U0001f7ff \U0001f8b0\U0001f8b1 \U0001f90c\U0001f90f "
+    "\U0001f93f\U0001f93f \U0001f971\U0001f972 \U0001f977\U0001f979 \U0001f97b\U0001f97b "
+    "\U0001f9a3\U0001f9af \U0001f9ba\U0001f9bf \U0001f9c3\U0001f9cf \U0001fa00\U0001fa53 "
     "\U0001fa70\U0001fbff"
 )
 
 # Special cases of word splitting; a bar is where one is cut. Those with apostrophes are cases without, too
 # (do|n't, do|nt), and all also with the typographic apostrophe.
 _EMOTICONS = r"""
-:) :-) :)) :-)) :))) :-))) (: (-: =) (= :] :-] [: [-: [= =] :o) (o: :} :-} 8) 8-) (-8 ;) ;-) (; (-; :( :-( :((
-:-(( :((( :-((( ): )-: =( >:( :') :'-) :'( :'-( :/ :-/ =/ =| :| :-| ]= =[ :1 :P :-P :p :-p :O :-O :o :-o :0 :-0
-:() >:o :* :-* :3 :-3 =3 :> :-> :X :-X :x :-x :D :-D ;D ;-D =D xD XD xDD XDD 8D 8-D ^_^ ^__^ ^___^ >.< >.> <.<
-._. ;_; -_- -__- v.v V.V v_v V_V o_o o_O O_o O_O 0_o o_0 0_0 o.O O.o O.O o.o 0.0 o.0 0.o @_@ <3 <33 <333 </3
-(^_^) (-_-) (._.) (>_<) (*_*) (¬_¬) ಠ_ಠ ಠ︵ಠ (ಠ_ಠ) ¯\(ツ)/¯ (╯°□°）╯︵┻━┻ ><(((*>
+:) :-) :)) :-)) :))) :-))) (: (-: =) (= :] :-] [: [-: [= =] :o) (o: :} :-} 8) 8-) (-8 ;) ;-) (; (-; :(
+:-( :(( :-(( :((( :-((( ): )-: =( >:( :') :'-) :'( :'-( :/ :-/ =/ =| :| :-| ]= =[ :1 :P :-P :p :-p :O
+:-O :o :-o :0 :-0 :() >:o :* :-* :3 :-3 =3 :> :-> :X :-X :x :-x :D :-D ;D ;-D =D xD XD xDD XDD 8D 8-D
+^_^ ^__^ ^___^ >.< >.> <.< ._. ;_; -_- -__- v.v V.V v_v V_V o_o o_O O_o O_O 0_o o_0 0_0 o.O O.o O.O o.o
+0.0 o.0 0.o @_@ <3 <33 <333 </3 (^_^) (-_-) (._.) (>_<) (*_*) (¬_¬) ಠ_ಠ ಠ︵ಠ (ಠ_ಠ) ¯\(ツ)/¯ (╯°□°）╯︵┻━┻
+><(((*>
 """
 _ANYWHERE = r"""\t \n — ' \") <space> '' C++ ä. ö. ü. °|c|. °|f|. °|k|. °|C|. °|F|. °|K|."""
 _WHOLE = """
-'S 's \u2018S \u2018s and/or w/o 're 'Cause 'cause 'cos 'Cos 'coz 'Coz 'cuz 'Cuz 'bout ma'am Ma'am o'clock O'clock
-lovin' Lovin' lovin Lovin havin' Havin' havin Havin doin' Doin' doin Doin goin' Goin' goin Goin nothin' Nothin'
-nothin Nothin nuthin' Nuthin' nuthin Nuthin ol' Ol' ol Ol somethin' Somethin' somethin Somethin 'em 'll 'nuff em ll
-nuff 'd Mt. Ak. Ala. Apr. Ariz. Ark. Aug. Calif. Colo. Conn. Dec. Del. Feb. Fla. Ga. Ia. Id. Ill. Ind. Jan. Jul.
-Jun. Kan. Kans. Ky. La. Mar. Mass. Mich. Minn. Miss. N.C. N.D. N.H. N.J. N.M. N.Y. Neb. Nebr. Nev. Nov. Oct. Okla.
-Ore. Pa. S.C. Sep. Sept. Tenn. Va. Wash. Wis. a.m. Adm. Bros. co. Co. Corp. D.C. Dr. e.g. E.g. E.G. Gen. Gov. i.e.
-I.e. I.E. Inc. Jr. Ltd. Md. Messrs. Mo. Mont. Mr. Mrs. Ms. p.m. Ph.D. Prof. Rep. Rev. Sen. St. vs. v.s.
-y'|all y|all how|'d|'y How|'d|'y can|not Can|not gon|na Gon|na got|ta Got|ta let|'s Let|'s c'm|on C'm|on
+'S 's \u2018S \u2018s and/or w/o 're 'Cause 'cause 'cos 'Cos 'coz 'Coz 'cuz 'Cuz 'bout ma'am Ma'am
+o'clock O'clock lovin' Lovin' lovin Lovin havin' Havin' havin Havin doin' Doin' doin Doin goin' Goin'
+goin Goin nothin' Nothin' nothin Nothin nuthin' Nuthin' nuthin Nuthin ol' Ol' ol Ol somethin' Somethin'
+somethin Somethin 'em 'll 'nuff em ll nuff 'd Mt. Ak. Ala. Apr. Ariz. Ark. Aug. Calif. Colo. Conn. Dec.
+Del. Feb. Fla. Ga. Ia. Id. Ill. Ind. Jan. Jul. Jun. Kan. Kans. Ky. La. Mar. Mass. Mich. Minn. Miss. N.C.
+N.D. N.H. N.J. N.M. N.Y. Neb. Nebr. Nev. Nov. Oct. Okla. Ore. Pa. S.C. Sep. Sept. Tenn. Va. Wash. Wis.
+a.m. Adm. Bros. co. Co. Corp. D.C. Dr. e.g. E.g. E.G. Gen. Gov. i.e. I.e. I.E. Inc. Jr. Ltd. Md. Messrs.
+Mo. Mont. Mr. Mrs. Ms. p.m. Ph.D. Prof. Rep. Rev. Sen. St. vs. v.s. y'|all y|all how|'d|'y How|'d|'y
+can|not Can|not gon|na Gon|na got|ta Got|ta let|'s Let|'s c'm|on C'm|on
 """
 _PRONOUNS = "i you he she it we they"
 _QUESTIONS = "who what when where why how there that this these those"
@@ -185,7 +189,7 @@ def special_cases(english: bool) -> Mapping[str, tuple[str, ...]]:
                         marked += [f"{start}|{ending}", f"{start}|{ending}".replace("'", "")]
         for hour in range(1, 13):
             marked += [f"{hour}|{half}" for half in ("a.m.", "am", "p.m.", "pm")]
-    cases = {case: (case,) for case in _EMOTICONS.split()}
+    cases: dict[str, tuple[str, ...]] = {case: (case,) for case in _EMOTICONS.split()}
     cases |= {case.replace("|", ""): tuple(case.split("|")) for case in marked}
     if english:
         for word in _NO_CONTRACTIONS.split():
@@ -239,9 +243,9 @@ def splitting(english: bool) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, 
     pieces = np.zeros((len(cases), max(map(len, cases.values()))), np.int32)
     for row, parts in zip(pieces, cases.values(), strict=True):
         row[: len(parts)] = [len(part) for part in parts]
-    units = np.zeros((len(_UNITS), 6), np.uint32)  # length, code points
-    for row, unit in zip(units, _UNITS, strict=True):
-        row[: len(unit) + 1] = [len(unit), *map(ord, unit)]
+    units = np.zeros((len(_UNITS.split()), 6), np.uint32)  # length, code points
+    for unit_row, unit in zip(units, _UNITS.split(), strict=True):
+        unit_row[: len(unit) + 1] = [len(unit), *map(ord, unit)]
     rules = (classes(), units, *dictionary({case: i for i, case in enumerate(cases)}), pieces)
     longest: dict[str, int] = {}
     keys = np.zeros(1 << (2 * len(cases)).bit_length(), np.uint64)

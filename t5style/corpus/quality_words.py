@@ -9,6 +9,7 @@ space lose prefixes and suffixes, unless what is left is a special case or a URL
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -20,10 +21,10 @@ _QUOTE, _PREFIX, _SUFFIX, _INFIX = tables.QUOTE, tables.PREFIX, tables.SUFFIX, t
 _CURRENCY, _BEFORE_DOT, _LETTER, _HOST = tables.CURRENCY, tables.BEFORE_DOT, tables.LETTER, tables.HOST
 _UNSPACED, _MARK, _PLAIN, _CUTS = tables.UNSPACED, tables.MARK, tables.PLAIN, tables.CUTS
 
-compiled = functools.partial(njit, cache=True, nogil=True)
+compiled: Any = functools.partial(njit, cache=True, nogil=True)
 # For functions that make no arrays: numba need not count references to those they are given, which at one
 # function call for each word cost more than all else together.
-leaf = compiled(_nrt=False)
+leaf: Any = compiled(_nrt=False)
 
 _K = np.uint64(0x9E3779B97F4A7C15)
 BASE = np.uint64(0xD6E8FEB86659FD93)  # odd, so that it has an inverse modulo 2^64
@@ -272,17 +273,14 @@ def _is_url(codes, a, b, classes):  # type: ignore[no-untyped-def]
     i = a
     while i < b:
         code = codes[i]
-        if not (_digit(code) or code == 95 or code == 43 or code == 45 or code == 46):
-            if not class_of(classes, code) & _LETTER:
-                break
+        if not (class_of(classes, code) & _LETTER or _digit(code)) and code not in (43, 45, 46, 95):
+            break
         i += 1
-    if i - a >= 2 and i + 3 < b and codes[i] == 58 and codes[i + 1] == 47 and codes[i + 2] == 47:
-        if _host(codes, i + 3, b, classes):
-            return True
+    scheme = i - a >= 2 and i + 3 < b and codes[i] == 58 and codes[i + 1] == 47 and codes[i + 2] == 47
+    found = scheme and _host(codes, i + 3, b, classes)
     for i in range(a + 1, b - 1):
-        if codes[i] == 64 and _host(codes, i + 1, b, classes):
-            return True
-    return False
+        found = found or (codes[i] == 64 and _host(codes, i + 1, b, classes))
+    return found
 
 
 @leaf
@@ -386,7 +384,7 @@ def split(codes, rules, sequences, unspaced, use_specials=True):  # type: ignore
     stack = np.empty(size, np.int32)
     count = _split_chunks(codes, rules, unspaced, use_specials, stack, starts, ends)
     if use_specials:
-        # No two special cases begin alike and end at the same word; four of one beginning is more than enough.
+        # Four special cases that begin with the same word are more than there are in any real text.
         found = np.empty((4 * count + 16, 3), np.int32)
         matches = _find_sequences(codes, starts, ends, count, sequences, found)
         if matches:
