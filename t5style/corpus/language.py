@@ -120,8 +120,10 @@ def _cld2(data: bytes) -> Sequence[tuple[str, str, int, float]]:
 def _pool(sample: str, found: Sequence[tuple[str, str, int, float]]) -> tuple[str, float]:
     import numpy as np
 
-    from t5style.corpus.language_kernels import naive_bayes
-
+    try:
+        from t5style.corpus.language_kernels import naive_bayes
+    except ImportError as error:
+        raise _missing("numba") from error
     model = _model()
     # As the model was trained: composed, and capitals only where there are small letters too.
     text = unicodedata.normalize("NFC", sample.lower() if sample.isupper() else sample)

@@ -1,5 +1,6 @@
 import pathlib
 import statistics
+import sys
 
 import pytest
 from hypothesis import given
@@ -116,6 +117,19 @@ def test_accuracy_and_calibration():
     assert statistics.mean(map(statistics.mean, right.values())) >= 0.94
     accuracy = statistics.mean(answer for answers in right.values() for answer in answers)
     assert abs(accuracy - statistics.mean(probabilities)) < 0.02
+
+
+@pytest.mark.parametrize("package", ["pycld2", "py3langid", "numba"])
+def test_missing_packages_name_the_extra(package, monkeypatch):
+    from t5style.corpus import language
+
+    for cached in (language._detector, language._model):
+        cached.cache_clear()
+    monkeypatch.delitem(sys.modules, "t5style.corpus.language_kernels", raising=False)
+    monkeypatch.delitem(sys.modules, "py3langid.langid", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"{package}: pip install 't5style\[corpus\]'"):
+        identify("Ja, si.")
 
 
 def test_stage():
