@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import pathlib
+import pickle
 import zipfile
 
 import pyarrow as pa
@@ -187,3 +188,9 @@ def test_real_evaluation_data() -> None:
     assert isinstance(stage(Document(context[5:60], "1")), Drop)
     novel = (DATA / "pretrain/tinyshakespeare.txt").read_text()
     assert not isinstance(stage(Document(novel, "2")), Drop)
+
+
+def test_stage_travels_to_other_processes(tmp_path: pathlib.Path) -> None:
+    stage = Decontaminate(files=[str(_write(tmp_path, "a.jsonl"))], fields=["question"])
+    assert pickle.loads(pickle.dumps(stage)) == stage
+    assert isinstance(pickle.loads(pickle.dumps(stage))(Document(QUESTION, "1")), Drop)

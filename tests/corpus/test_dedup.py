@@ -351,3 +351,13 @@ def test_import_is_light() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+@given(st.lists(st.integers(0, 5), max_size=40), st.integers(1, 10))
+def test_winnowing_chooses_the_last_of_the_least(grams: list[int], window: int) -> None:
+    from t5style.corpus import dedup_kernels
+
+    expected = [
+        max(range(i, i + window), key=lambda at: (-grams[at], at)) for i in range(len(grams) - window + 1)
+    ]
+    assert dedup_kernels.winnow(np.array(grams, np.uint64), window).tolist() == expected
