@@ -170,7 +170,8 @@ def _find_ngrams(prefix, inverse, n, places, left, keys, times, slots):  # type:
     """Where in the table each n-gram at ``places[:left]`` is, and how often it is there."""
     for k in range(left):
         i = places[k]
-        key = ((prefix[i + n] - prefix[i]) * inverse[i]) | _ONE
+        key = (prefix[i + n] - prefix[i]) * inverse[i]
+        key += np.uint64(key == _ZERO)  # 0 is a free place of the table
         slot = find_slot(keys, key)
         keys[slot] = key
         times[slot] += 1
