@@ -247,13 +247,14 @@ def splitting(english: bool) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, 
     for unit_row, unit in zip(units, _UNITS.split(), strict=True):
         unit_row[: len(unit) + 1] = [len(unit), *map(ord, unit)]
     rules = (classes(), units, *dictionary({case: i for i, case in enumerate(cases)}), pieces)
+    plain = (classes(), units, *dictionary({}), pieces)
     longest: dict[str, int] = {}
     keys = np.zeros(1 << (2 * len(cases)).bit_length(), np.uint64)
     values = np.zeros(len(keys), np.int32)
     empty = (*dictionary({}), keys, values)
     found = []
     for i, case in enumerate(cases):
-        starts, ends = quality_words.split(codes_of(case), rules, empty, False, False)
+        starts, ends = quality_words.split(codes_of(case), plain, empty, False)
         words = [case[a:b] for a, b in zip(starts, ends, strict=True)]
         if len(words) > 1:
             longest[words[0]] = max(longest.get(words[0], 0), len(words))

@@ -301,27 +301,26 @@ def _put_special(starts, ends, count, a, pieces, special):  # type: ignore[no-un
 
 
 @leaf
-def _split_chunk(codes, a, b, rules, use_specials, stack, starts, ends, count):  # type: ignore[no-untyped-def]
+def _split_chunk(codes, a, b, rules, stack, starts, ends, count):  # type: ignore[no-untyped-def]
     """Appends the words of the chunk ``codes[a:b]``, which holds no white space; returns their new count."""
     classes, units, filters, keys, values, pieces = rules
     suffixes = 0
     last = 0
     special = -1
     while a < b and b - a != last:
-        if use_specials:
-            special = find(codes, a, b, filters, keys, values)
-            if special >= 0:
-                break
+        special = find(codes, a, b, filters, keys, values)
+        if special >= 0:
+            break
         last = b - a
         before = _prefix(codes, a, b, classes)
-        if before and use_specials:
+        if before:
             special = find(codes, a + before, b, filters, keys, values)
             if special >= 0:
                 count = _put(starts, ends, count, a, a + before)
                 a += before
                 break
         after = _suffix(codes, a + before, b, classes, units)
-        if after and use_specials:
+        if after:
             special = find(codes, a, b - after, filters, keys, values)
             if special >= 0:
                 stack[suffixes] = after
@@ -365,7 +364,7 @@ def _split_chunk(codes, a, b, rules, use_specials, stack, starts, ends, count): 
 
 
 @compiled
-def split(codes, rules, sequences, unspaced, use_specials=True):  # type: ignore[no-untyped-def]
+def split(codes, rules, sequences, unspaced):  # type: ignore[no-untyped-def]
     """Splits a text into words.
 
     Args:
@@ -373,7 +372,6 @@ def split(codes, rules, sequences, unspaced, use_specials=True):  # type: ignore
       rules: character classes, units and special cases, from ``quality_tables.splitting``.
       sequences: the special cases that the rules alone would split, by their words.
       unspaced: whether letters of scripts written without spaces (with their marks) are words by themselves.
-      use_specials: whether special cases count; without, what the affix and infix rules alone would do.
 
     Returns:
       Starts and ends of the words, int32 each. White space belongs to none.
@@ -382,29 +380,27 @@ def split(codes, rules, sequences, unspaced, use_specials=True):  # type: ignore
     starts = np.empty(size, np.int32)
     ends = np.empty(size, np.int32)
     stack = np.empty(size, np.int32)
-    count = _split_chunks(codes, rules, unspaced, use_specials, stack, starts, ends)
-    if use_specials:
-        # Four special cases that begin with the same word are more than there are in any real text.
-        found = np.empty((4 * count + 16, 3), np.int32)
-        matches = _find_sequences(codes, starts, ends, count, sequences, found)
-        if matches:
-            joined_starts = np.empty(size, np.int32)
-            joined_ends = np.empty(size, np.int32)
-            taken = np.zeros(count, np.uint8)
-            chosen = np.full(count, -1, np.int32)
-            arguments = (found, matches, taken, chosen, rules[5], joined_starts, joined_ends)
-            count = _join(starts, ends, count, *arguments)
-            starts, ends = joined_starts, joined_ends
+    count = _split_chunks(codes, rules, unspaced, stack, starts, ends)
+    # Four special cases that begin with the same word are more than there are in any real text.
+    found = np.empty((4 * count + 16, 3), np.int32)
+    matches = _find_sequences(codes, starts, ends, count, sequences, found)
+    if matches:
+        joined_starts = np.empty(size, np.int32)
+        joined_ends = np.empty(size, np.int32)
+        taken = np.zeros(count, np.uint8)
+        chosen = np.full(count, -1, np.int32)
+        arguments = (found, matches, taken, chosen, rules[5], joined_starts, joined_ends)
+        count = _join(starts, ends, count, *arguments)
+        starts, ends = joined_starts, joined_ends
     return starts[:count], ends[:count]
 
 
 @leaf
-def _split_chunks(codes, rules, unspaced, use_specials, stack, starts, ends):  # type: ignore[no-untyped-def]
+def _split_chunks(codes, rules, unspaced, stack, starts, ends):  # type: ignore[no-untyped-def]
     """Fills in the words between white space; returns their number."""
     classes, _, filters, keys, values, _ = rules
     size = len(codes)
-    count = 0
-    i = 0
+    count = i = np.int64(0)  # a plain 0 has a type of its own, for which numba would compile all once more
     while i < size:
         kind = class_of(classes, codes[i])
         if kind & _SPACE:
@@ -418,7 +414,7 @@ def _split_chunks(codes, rules, unspaced, use_specials, stack, starts, ends):  #
                 break
             if unspaced and kind & _UNSPACED:
                 if a < i:
-                    count = _split_chunk(codes, a, i, rules, use_specials, stack, starts, ends, count)
+                    count = _split_chunk(codes, a, i, rules, stack, starts, ends, count)
                 a = i
                 i += 1
                 while i < size and class_of(classes, codes[i]) & _MARK:
@@ -430,10 +426,10 @@ def _split_chunks(codes, rules, unspaced, use_specials, stack, starts, ends):  #
             i += 1
         if a == i:
             continue
-        if plain and not (use_specials and find(codes, a, i, filters, keys, values) >= 0):
+        if plain and find(codes, a, i, filters, keys, values) < 0:
             count = _put(starts, ends, count, a, i)
         else:
-            count = _split_chunk(codes, a, i, rules, use_specials, stack, starts, ends, count)
+            count = _split_chunk(codes, a, i, rules, stack, starts, ends, count)
     return count
 
 
