@@ -11,6 +11,7 @@ _SPACE, _SYMBOL, _LETTER = tables.SPACE, tables.SYMBOL, tables.LETTER
 _TERMINAL, _LINE_END, _CATEGORY_P = tables.TERMINAL, tables.LINE_END, tables.CATEGORY_P
 _INVERSE = np.uint64(pow(int(BASE), -1, 1 << 64))
 _ONE, _ZERO = np.uint64(1), np.uint64(0)
+_BLANK = np.uint64(33)
 
 
 @compiled
@@ -134,7 +135,7 @@ def _count_repeats(codes, classes, short, seen, counts):  # type: ignore[no-unty
 def _count_words(codes, starts, ends, classes, stop_words, found, prefix, inverse, lengths, counts):  # type: ignore[no-untyped-def]
     """Sorts of words. counts[1:5], counts[10].
 
-    Fills in polynomials in BASE modulo 2^64 of all words, one after the other: the difference of two of
+    Fills in polynomials in BASE modulo 2^64 of all words, a blank after each: the difference of two of
     ``prefix``, brought back to the power 0 by ``inverse``, is the hash of what lies between them. ``lengths``
     are the characters before each word.
     """
@@ -152,6 +153,9 @@ def _count_words(codes, starts, ends, classes, stop_words, found, prefix, invers
             total += (np.uint64(codes[i]) + _ONE) * power
             power *= BASE
             back *= _INVERSE
+        total += _BLANK * power  # so that "a bc" is not "ab c"
+        power *= BASE
+        back *= _INVERSE
         lengths[w + 1] = lengths[w] + b - a
         if real:
             counts[2] += 1
