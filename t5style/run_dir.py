@@ -145,7 +145,10 @@ def path_fingerprint(path: PathLike) -> str:
     UserError where there is nothing, or where the manifest is damaged.
     """
     check_store(path)
-    place = epath.Path(os.path.expanduser(path))
+    try:
+        place = epath.Path(os.path.expanduser(path))
+    except KeyError:  # a store that fsspec knows and epath does not, such as memory:// or http://
+        return _store_digest(os.fspath(path))
     if place.is_file():
         return _digest([(place.name, place)])
     if place.is_dir():
@@ -164,6 +167,19 @@ def path_fingerprint(path: PathLike) -> str:
         raise UserError(f"there is no file or folder {os.fspath(path)!r} (looked from {os.getcwd()})")
     fixed = re.split(r"[*?\[]", os.fspath(place), maxsplit=1)[0]
     return _digest([(os.path.relpath(match, os.path.dirname(fixed) or "."), match) for match in matches])
+
+
+def _store_digest(url: str) -> str:
+    """For what lies in a store: the names of its files, and by what the store tells a changed one."""
+    import fsspec
+
+    files, path = fsspec.core.url_to_fs(url)
+    names = files.glob(path) if any(character in url for character in "*?[") else files.find(path)
+    if not names:
+        raise UserError(f"there is no file or folder {url!r}")
+    return hashlib.sha256(repr([(name, files.ukey(name)) for name in sorted(names)]).encode()).hexdigest()[
+        :16
+    ]
 
 
 def _visible_files(folder: epath.Path, prefix: str = "") -> Iterator[tuple[str, epath.Path]]:

@@ -43,7 +43,7 @@ ONLY_IN = {
     "gin": {"launch"},
     "seqio": {"data/seqio_bridge"},
     "tensorflow": {"data/seqio_bridge"},
-    "tensorflow_datasets": {"data/seqio_bridge", "corpus/hub_sources"},  # there as a source, without TensorFlow
+    "tensorflow_datasets": {"data/seqio_bridge", "corpus/hub_sources"},  # the latter as a source
     "tensorflow_text": {"data/seqio_bridge"},
     "t5": set(),
     "clu": set(),

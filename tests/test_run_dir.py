@@ -332,3 +332,16 @@ def test_free_bytes_of_a_folder_to_be(tmp_path):
     assert free is not None
     assert free > 0
     assert run_dir.free_bytes("gs://bucket/run") is None
+
+
+def test_a_path_in_any_store_has_a_fingerprint():
+    fsspec = pytest.importorskip("fsspec")
+    store = fsspec.filesystem("memory")
+    store.pipe("/fingerprint/a.txt", b"one")
+    first = run_dir.path_fingerprint("memory://fingerprint/a.txt")
+    assert run_dir.path_fingerprint("memory://fingerprint") == first
+    assert run_dir.path_fingerprint("memory://fingerprint/*.txt") == first
+    store.pipe("/fingerprint/a.txt", b"other")
+    assert run_dir.path_fingerprint("memory://fingerprint/a.txt") != first
+    with pytest.raises(run_dir.UserError, match="there is no file or folder 'memory://nowhere'"):
+        run_dir.path_fingerprint("memory://nowhere")

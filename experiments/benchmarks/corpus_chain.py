@@ -5,11 +5,11 @@
 
 The documents are real: news pages (`extract/html`), and articles, books and encyclopaedia text (`dedup`,
 `pretrain`) in pieces. Both sides extract the pages' text with trafilatura, apply Gopher's quality and
-repetition rules, C4's and FineWeb's, redact personal data, and remove near-duplicates by MinHash with 14 bands
-of 8 rows of word 5-grams. Each side does what its own stages do, with their defaults; t5style also identifies
-languages, removes exact duplicates, splits, and writes its report, which datatrove does not (its language
-filter would have to download a model). CPU time is of the process and its children, one process each;
-megabytes are of the raw input, HTML markup included. --processes compares one process with two in wall time.
+repetition rules, C4's and FineWeb's, redact personal data, and remove near-duplicates by MinHash with 14
+bands of 8 rows of word 5-grams. Each side does what its own stages do, with their defaults; t5style also
+identifies languages, removes exact duplicates, splits, and writes its report, which datatrove does not (its
+language filter would have to download a model). CPU time is of the process and its children, one process
+each; megabytes are of the raw input, HTML markup included. --processes compares one process with two.
 --copies multiplies the texts, each copy with other words in places, to show how the cost grows.
 """
 
@@ -94,6 +94,7 @@ def ours(folder: pathlib.Path, out: pathlib.Path, workers: int = 1) -> tuple[int
 
 
 def datatrove(folder: pathlib.Path, out: pathlib.Path) -> int:
+    """Documents kept."""
     from datatrove.executor.local import LocalPipelineExecutor
     from datatrove.pipeline.dedup import minhash
     from datatrove.pipeline.extractors import Trafilatura
@@ -108,7 +109,10 @@ def datatrove(folder: pathlib.Path, out: pathlib.Path) -> int:
     from datatrove.pipeline.writers import JsonlWriter
 
     def run(*pipeline: object) -> None:
-        LocalPipelineExecutor(list(pipeline), tasks=1, workers=1, skip_completed=False).run()
+        logs = tempfile.mkdtemp(dir=out)
+        LocalPipelineExecutor(
+            list(pipeline), tasks=1, workers=1, skip_completed=False, logging_dir=logs
+        ).run()
 
     for name in ("html", "text"):
         run(
@@ -152,9 +156,8 @@ def main() -> None:
             began, wall = cpu(), time.monotonic()
             kept = work(out)
             seconds, wall = cpu() - began, time.monotonic() - wall
-            print(
-                f"{label:24} {size / 1e6 / seconds:8.2f} MB per CPU second, {wall:7.1f} s, {kept} documents kept"
-            )
+            speed = size / 1e6 / seconds
+            print(f"{label:24} {speed:8.2f} MB per CPU second, {wall:7.1f} s, {kept} documents kept")
             return wall if options.processes else seconds
 
         stages: dict[str, float] = {}

@@ -200,9 +200,9 @@ class Peer:
 
 
 def our_words(text: str) -> list[str]:
-    from t5style.corpus import quality_tables, quality_words
+    from t5style.corpus import quality_lookup, quality_tables, quality_words
 
-    rules, sequences = quality_tables.splitting(True)
+    rules, sequences = quality_lookup.splitting(True)
     starts, ends = quality_words.split(quality_tables.codes_of(text), rules, sequences, False)
     return [text[a:b] for a, b in zip(starts, ends, strict=True)]
 

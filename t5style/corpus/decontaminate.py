@@ -187,6 +187,10 @@ class Decontaminate:
             if getattr(self, name) < least:
                 raise UserError(f"Decontaminate.{name} must be {least} or more, not {getattr(self, name)}")
 
+    def inputs(self) -> Sequence[str]:
+        """The files that decide what is left out."""
+        return self.files
+
     def __call__(self, document: Document) -> Document | Drop:
         index = _index(tuple(self.files), self.ngram, tuple(self.fields), self.min_words)
         data, starts, ends, found = _matches(document.text, index)

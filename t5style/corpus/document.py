@@ -24,7 +24,8 @@ from t5style.corpus.locations import open_binary
 from t5style.run_dir import UserError, expand
 
 COLUMNS = ("text", "id", "source", "url", "license", "language", "time", "meta")
-_OTHERS = ("dropped.jsonl", "quarantine.jsonl", "metrics.jsonl")  # of a run folder, and no documents
+# Of a run folder, and no documents.
+_OTHERS = ("dropped.jsonl", "clusters.jsonl", "quarantine.jsonl", "metrics.jsonl")
 # What `open_lines` raises where what it reads is cut short or not compressed as its name says.
 BROKEN_COMPRESSION = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)
 _SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")

@@ -204,7 +204,7 @@ class Html:
     """The stage that turns pages into text: documents whose ``meta['format']`` is ``html``; others pass.
 
     The title and the author that the page gives go to ``meta``, its date and language to ``time`` and
-    ``language`` where these are empty; ``meta['format']`` is removed.
+    ``language`` where these are empty; ``meta['format']`` becomes ``page``.
 
     Attributes:
       comments: keep what readers wrote below an article.
@@ -223,7 +223,7 @@ class Html:
         text = _text(document.text, tree, self.comments, self.tables)
         if not text:
             return Drop("no text in the page", f"{len(document.text)} characters of HTML")
-        meta = {key: value for key, value in document.meta.items() if key != "format"}
+        meta = {**document.meta, "format": "page"}
         for key in ("title", "author"):
             if value := getattr(page, key):
                 meta.setdefault(key, value)

@@ -27,7 +27,6 @@ import dataclasses
 import errno
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
@@ -36,7 +35,7 @@ import numpy as np
 from etils import epath
 
 from t5style import console
-from t5style.corpus import deal, grouping, plan, tally
+from t5style.corpus import account, deal, grouping, plan, tally
 from t5style.corpus.document import atomic_open, read_ids
 from t5style.corpus.engines import Engine, Local
 from t5style.corpus.normalize import Normalize
@@ -47,7 +46,7 @@ from t5style.corpus.sampling import Curriculum, Sampling
 from t5style.corpus.sources import Files, Source
 from t5style.corpus.split import HashSplit, Split
 from t5style.corpus.stages import Drop, MinLength, Stage
-from t5style.run_dir import RunDir, UserError, atomic_write, canonical, fingerprint
+from t5style.run_dir import RunDir, UserError, atomic_write, canonical, fingerprint, path_fingerprint
 
 _STAGES = (Normalize(), MinLength(1), ExactDuplicates())
 _SPLIT = HashSplit()
@@ -103,6 +102,7 @@ class Prepare:
 
     def inputs(self) -> Sequence[str]:
         paths = [path for source in self._sources() for path in source.inputs()]
+        paths += stage_inputs(self.stages)
         return [*paths, os.path.join(self.extends, plan.INDEX)] if self.extends else paths
 
     def _sources(self) -> list[Source]:
@@ -135,11 +135,20 @@ class Prepare:
             "mb_per_second": round(figures["bytes_in"] / 1e6 / seconds, 3),
         }
         atomic_write(run.path / "timings.json", json.dumps(timings | {"seconds": seconds}, indent=1))
-        _tell(run, figures)
+        account.tell(run, figures)
         from t5style.report import data_report
 
         console.say(f"the data report is {data_report.write(run.path)}")
         return figures
+
+
+def stage_inputs(stages: Sequence[Any]) -> list[str]:
+    """Files that the stages read, such as word lists and models."""
+    paths: list[str] = []
+    for stage in stages:
+        paths += stage.inputs() if hasattr(stage, "inputs") else []
+        paths += stage_inputs(getattr(stage, "stages", ()))
+    return paths
 
 
 class _Preparation:
@@ -200,7 +209,10 @@ class _Preparation:
     def _settings(self) -> str:
         """What decides pass 0 apart from the files."""
         segment = self.segments[0]
-        return fingerprint([canonical(list(segment.stages)), canonical(list(segment.operators)), FACTS.descr])
+        files = [path_fingerprint(path) for path in stage_inputs(segment.stages)]
+        return fingerprint(
+            [canonical(list(segment.stages)), canonical(list(segment.operators)), files, FACTS.descr]
+        )
 
     def _begin(self, old: plan.Plan | None, fresh: Sequence[Sequence[Any]], parts: Sequence[Any]) -> None:
         """Makes the working folder, or goes on with that of a killed run of the same files and settings."""
@@ -283,7 +295,7 @@ class _Preparation:
         """Writes the splits, checks the counts, and describes it all; returns the figures."""
         job, run, work = self.job, self.run, self.work
         facts, borders = grouping.facts_of(work, number, chunks)
-        _gather(run, work, len(self.segments), chunks, self.dropped)
+        account.gather(run, work, len(self.segments), chunks, self.dropped)
         atomic_write(run.path / "clusters.jsonl", b"".join(self.clusters).decode())
         if not keep.any():
             raise UserError(self._nothing_left())
@@ -405,7 +417,7 @@ class _Preparation:
             **tables,
             **figures,
             **{name: canonical(value) for name, value in settings.items()},
-            "stages_table": [_card_row(row) for row in self.rows],
+            "stages_table": [account.card_row(row) for row in self.rows],
             "histograms": histograms,
             "ngrams": {order: counter.most_common(_NGRAMS) for order, counter in kept.ngrams.items()},
             "pii": dict(sorted(pii.items())),
@@ -445,46 +457,3 @@ class _Preparation:
             f"no document could be read: {first['file']} {first['position']}: {first['reason']} "
             f"({first['detail']}); all {sum(self.bad.values())} reasons are in {path}"
         )
-
-
-def _card_row(row: tally.Row) -> dict[str, Any]:
-    """A stage's row of the data card: without the seconds, which are never the same twice."""
-    return {
-        "name": row.name,
-        "in": row.documents,
-        "kept": row.kept,
-        "changed": row.changed,
-        "dropped": dict(sorted(row.dropped.items())),
-        "characters": row.characters,
-    }
-
-
-def _gather(run: RunDir, work: epath.Path, passes: int, chunks: int, more: Sequence[bytes]) -> None:
-    """Collects what the chunks set aside: all of the quarantine, a few examples of each reason for
-    dropping.
-    """
-    shown: dict[str, int] = {}
-    with (
-        atomic_open(run.path / "quarantine.jsonl") as quarantine,
-        atomic_open(run.path / "dropped.jsonl") as dropped,
-    ):
-        for number in range(passes):
-            for index in range(chunks):
-                with chunk_file(work, number, index, "quarantine").open("rb") as file:
-                    shutil.copyfileobj(file, quarantine)
-                for line in chunk_file(work, number, index, "dropped").read_bytes().splitlines(keepends=True):
-                    reason = json.loads(line)["reason"]
-                    shown[reason] = shown.get(reason, 0) + 1
-                    if shown[reason] <= EXAMPLES:
-                        dropped.write(line)
-        dropped.write(b"".join(more))
-
-
-def _tell(run: RunDir, figures: dict[str, Any]) -> None:
-    rows = [(name, *row.values()) for name, row in figures["splits"].items()]
-    console.table(f"documents in {run.path}", ("split", "documents", "characters", "bytes"), rows)
-    rows = list(figures["dropped"].items())
-    if figures["quarantined"]:
-        rows.append(("could not be read (quarantine.jsonl)", figures["quarantined"]))
-    if rows:
-        console.table("left out (examples in dropped.jsonl)", ("reason", "documents"), rows)

@@ -433,9 +433,9 @@ def _sentences(text: str, language: str) -> int:
 
 @functools.cache
 def _splitting(language: str) -> tuple[Any, Any]:
-    from t5style.corpus import quality_tables
+    from t5style.corpus import quality_lookup
 
-    return quality_tables.splitting(quality_languages.base(language) == "en")
+    return quality_lookup.splitting(quality_languages.base(language) == "en")
 
 
 @functools.cache
@@ -457,9 +457,9 @@ def _wanted(top: tuple[int, ...], repeated: tuple[int, ...]) -> np.ndarray:
 
 @functools.cache
 def _dictionary(words: tuple[str, ...]) -> Any:
-    from t5style.corpus import quality_tables
+    from t5style.corpus import quality_lookup
 
-    return quality_tables.dictionary({word: i for i, word in enumerate(words)})
+    return quality_lookup.dictionary({word: i for i, word in enumerate(words)})
 
 
 def _below(reason: str, value: float, least: float | None) -> Drop | None:

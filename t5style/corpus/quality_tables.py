@@ -65,7 +65,7 @@ _UNSPACED = (
 _PUNCTUATION = "…,:;!?¿؟¡()[]{}<>_#*&。？！，、；：～·।،۔؛٪"
 _QUOTES = "'\"”“`‘´’‚,„»«「」『』（）〔〕【】《》〈〉⟦⟧"
 _CURRENCIES = "$£€¥฿₽﷼₴₠₡₢₣₤₥₦₧₨₩₪₫₭₮₯₰₱₲₳₵₶₷₸₹₺₻₼₾₿"
-_UNITS = (
+UNITS = (
     "km km² km³ m m² m³ dm dm² dm³ cm cm² cm³ mm mm² mm³ ha µm nm yd in ft kg g mg µg t lb oz m/s km/h "
     "kmh mph hPa Pa mbar mb MB kb KB gb GB tb TB T G M K % км км² км³ м м² м³ дм дм² дм³ см см² см³ мм "
     "мм² мм³ нм кг г мг м/с км/ч кПа Па мбар Кб КБ кб Мб МБ мб Гб ГБ гб Тб ТБ م م² م³ سم سم² سم³ مم مم² "
@@ -205,62 +205,3 @@ def special_cases(english: bool) -> Mapping[str, tuple[str, ...]]:
 def codes_of(text: str) -> np.ndarray:
     """The code points of a text, uint32."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-
-
-def dictionary(entries: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A table that the kernels can look strings of up to 31 characters up in.
-
-    Returns:
-      uint32 bits of the lengths there are by first and last character, uint64 hashes, int32 values.
-    """
-    from t5style.corpus import quality_words
-
-    filters = np.zeros(1 << 14, np.uint32)
-    keys = np.zeros(max(16, 1 << (2 * len(entries)).bit_length()), np.uint64)
-    values = np.zeros(len(keys), np.int32)
-    for entry, value in entries.items():
-        codes = codes_of(entry)
-        if not 1 <= len(codes) <= 31:
-            raise ValueError(f"{entry!r} has {len(codes)} characters, a dictionary's entries have 1 to 31")
-        filters[(codes[0] & 127) << 7 | codes[-1] & 127] |= 1 << len(codes)
-        _insert(keys, values, quality_words.hash_codes(codes, 0, len(codes)), value)
-    return filters, keys, values
-
-
-def _insert(keys: np.ndarray, values: np.ndarray, key: Any, value: int) -> None:
-    from t5style.corpus import quality_words
-
-    slot = quality_words.find_slot(keys, np.uint64(key))
-    keys[slot], values[slot] = key, value
-
-
-@functools.cache
-def splitting(english: bool) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-    """What ``quality_words.split`` takes as rules and sequences."""
-    from t5style.corpus import quality_words
-
-    cases = special_cases(english)
-    pieces = np.zeros((len(cases), max(map(len, cases.values()))), np.int32)
-    for row, parts in zip(pieces, cases.values(), strict=True):
-        row[: len(parts)] = [len(part) for part in parts]
-    units = np.zeros((len(_UNITS.split()), 6), np.uint32)  # length, code points
-    for unit_row, unit in zip(units, _UNITS.split(), strict=True):
-        unit_row[: len(unit) + 1] = [len(unit), *map(ord, unit)]
-    rules = (classes(), units, *dictionary({case: i for i, case in enumerate(cases)}), pieces)
-    plain = (classes(), units, *dictionary({}), pieces)
-    longest: dict[str, int] = {}
-    keys = np.zeros(1 << (2 * len(cases)).bit_length(), np.uint64)
-    values = np.zeros(len(keys), np.int32)
-    empty = (*dictionary({}), keys, values)
-    found = []
-    for i, case in enumerate(cases):
-        starts, ends = quality_words.split(codes_of(case), plain, empty, False)
-        words = [case[a:b] for a, b in zip(starts, ends, strict=True)]
-        if len(words) > 1:
-            longest[words[0]] = max(longest.get(words[0], 0), len(words))
-            found.append((words, i))
-    for words, i in found:
-        hashes = [np.uint64(quality_words.hash_codes(codes_of(word), 0, len(word))) for word in words]
-        key = functools.reduce(lambda h, other: np.uint64(quality_words.combine(h, other)), hashes)
-        _insert(keys, values, key, i)
-    return rules, (*dictionary(longest), keys, values)

@@ -72,7 +72,7 @@ class Where:
       stages: in order.
       source: names of sources.
       language: ISO 639-1 codes.
-      format: values of ``meta['format']``: "html" for what was extracted from web pages.
+      format: values of ``meta['format']``: "page" for the text of web pages.
     """
 
     stages: Sequence[Stage]

@@ -176,7 +176,7 @@ class WarcFiles(FileSource):
             return Quarantined(path, f"{place}, its byte {error.offset}", error.reason, error.detail)
         date = record.record_date
         name = (record.record_id or "").strip("<>")
-        meta: dict[str, Any] = {"file": path, "position": place, "format": "html" if page else "text"}
+        meta: dict[str, Any] = {"file": path, "position": place, "format": "html" if page else "page"}
         return Document(
             valid(decoded.text),
             valid(name) or f"{id}:byte{at}",

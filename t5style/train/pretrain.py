@@ -153,7 +153,8 @@ class Pretrain:
     def inputs(self) -> Sequence[str]:
         """Folders whose content decides the parameters: what they are evaluated on may change."""
         stores = [task.store for task in _tasks(self.task)]
-        orders = [order for task in _tasks(self.task) if (order := task.split_order("train")).endswith(".npy")]
+        orders = [task.split_order("train") for task in _tasks(self.task)]
+        orders = [order for order in orders if order.endswith(".npy")]
         return [*dict.fromkeys([*stores, *orders]), *([self.init_from] if self.init_from else [])]
 
     # --- abstract questions: nothing is allocated ---

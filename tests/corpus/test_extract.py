@@ -173,7 +173,7 @@ def test_stage():
     document = Html()(page)
     assert isinstance(document, Document)
     assert document.text == html_to_text(PAGE)
-    assert document.meta == {"k": 1, "title": "Bridge closed", "author": "J. Ferry"}
+    assert document.meta == {"k": 1, "format": "page", "title": "Bridge closed", "author": "J. Ferry"}
     assert (document.time, document.language) == ("2024-05-06T07:08:09+00:00", "en")
     assert (document.id, document.source) == ("x", "s")
 

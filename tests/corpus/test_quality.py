@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from t5style.corpus import quality, quality_languages, quality_tables, quality_words
+from t5style.corpus import quality, quality_languages, quality_lookup, quality_tables, quality_words
 from t5style.corpus.document import Document
 from t5style.corpus.quality import C4, FineWeb, Gopher
 from t5style.corpus.stages import Drop
@@ -27,7 +27,7 @@ Others claim they met his ghost beside that frozen river every year since then.
 
 
 def split(text, english=True, unspaced=False):
-    rules, sequences = quality_tables.splitting(english)
+    rules, sequences = quality_lookup.splitting(english)
     starts, ends = quality_words.split(quality_tables.codes_of(text), rules, sequences, unspaced)
     return [text[a:b] for a, b in zip(starts, ends, strict=True)]
 

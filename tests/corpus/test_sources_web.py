@@ -83,7 +83,7 @@ def test_warc_pages_become_documents(tmp_path, suffix):
         "format": "html",
         "encoding": "cp1252",
     }
-    assert [item.meta["format"] for item in documents].count("text") == 2
+    assert [item.meta["format"] for item in documents].count("page") == 2
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
