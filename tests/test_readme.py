@@ -1,5 +1,7 @@
 """Every command of the README is known here and is executed, shortened only by settings on its line."""
 
+import html
+import json
 import os
 import pathlib
 import random
@@ -10,6 +12,8 @@ import sys
 import tomllib
 
 import pytest
+
+from t5style.corpus.document import read_documents
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -53,6 +57,11 @@ SHAKESPEARE = [
 RUN = {
     (*MAIN, "--gin_file=experiments/quickstart.gin"): QUICKSTART,
     (*MAIN, "--gin_file=gin/runs/prepare.gin"): [],
+    (*MAIN, "--gin_file=gin/runs/erase.gin"): [],
+    (*MAIN, "--gin_file=experiments/web_corpus.gin"): [
+        "--gin.HashSplit.test=0.0",
+        "--gin.HashSplit.validation=0.0",
+    ],
     (*MAIN, "--gin_file=gin/runs/train_tokenizer.gin"): ["--gin.VOCAB_SIZE=450"],
     (*MAIN, "--gin_file=gin/runs/tokenize.gin"): [],
     (*MAIN, "--gin_file=gin/models/t5_tiny.gin"): [
@@ -178,11 +187,30 @@ def test_commands_run(tmp_path):
         words = ["".join(draw.choices(syllables, k=draw.randint(1, 3))) for _ in range(400)]
         (texts / f"{number}.txt").write_text(" ".join(words) + ".\n")
     (tmp_path / "tinyshakespeare.txt").write_text("To be, or not to be: that is the question.\n" * 200)
+    # Real pages and texts: sections of Python's manual.
+    manual = [item.text for item in read_documents(ROOT / "t5style/samples/python-doc.jsonl.zst")]
+    manual = [text for text in manual if 2000 < len(text) < 20_000]
+    for name in ("pages", "more", "benchmarks"):
+        (tmp_path / name).mkdir()
+    for number, text in enumerate(manual[:8]):
+        body = "".join(f"<p>{html.escape(part)}</p>\n" for part in text.split("\n\n"))
+        page = f"<html><head><title>{number}</title></head><body><article>{body}</article></body></html>"
+        (tmp_path / f"pages/{number}.html").write_text(page)
+    (tmp_path / "more/text.txt").write_text(manual[8])
+    (tmp_path / "benchmarks/questions.txt").write_text(manual[9])
+    (tmp_path / "erase.jsonl").write_text(json.dumps({"text": manual[8]}) + "\n")
     for name in ("experiments", "gin"):
         (tmp_path / name).symlink_to(ROOT / name)  # as in a clone, but what is written lands here
     for command in commands():
         if command[:3] not in (INSTALL, SUITE):
             execute([*command, *(shortening(command) or [])], tmp_path)
+    assert (tmp_path / "out" / "data_report.html").exists()
+    ids = [
+        item.id
+        for name in ("train", "validation", "test")
+        for item in read_documents(tmp_path / "out2" / name)
+    ]
+    assert "files/text.txt" not in ids
     quickstart = tmp_path / "runs" / "quickstart"
     assert (quickstart / "report" / "report.html").stat().st_size > 1_000_000
     for line in blocks("python"):

@@ -239,3 +239,9 @@ def test_benchmark_f1():
     f1, precision, recall = extraction_scores([html_to_text(page) for page in pages], articles)
     assert f1 >= 0.95
     assert min(precision, recall) >= 0.93
+
+
+def test_a_fragment_is_no_page():
+    assert html_to_text("<p>Write to <b>Ada</b>, please.</p><p>Two <i>lines</i></p>") == (
+        "Write to Ada, please.\nTwo lines"
+    )
