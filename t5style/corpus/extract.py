@@ -58,8 +58,8 @@ def html_to_text(html: str) -> str:
     return _text(html, _parse(html), comments=False, tables=True)
 
 
-# A piece of HTML with less text than this and no layout is no page: trafilatura would cut its sentences at each
-# inline tag.
+# A piece of HTML with less text than this and no layout is no page: trafilatura would cut its sentences at
+# each inline tag.
 _FRAGMENT = 500
 _LAYOUT = re.compile(r"<(?:article|aside|div|footer|form|header|main|nav|section|table|ul)\b", re.I)
 
@@ -94,9 +94,9 @@ def _parse(html: str) -> Any:
 
 def _text(html: str, tree: Any, comments: bool, tables: bool) -> str:
     extract = _trafilatura()
-    if len(html) < 20 * _FRAGMENT and not _LAYOUT.search(html):
-        if len(visible := strip_tags(html)) < _FRAGMENT:
-            return visible
+    small = len(html) < 20 * _FRAGMENT and not _LAYOUT.search(html)
+    if small and len(visible := strip_tags(html)) < _FRAGMENT:
+        return visible
     text = None
     if tree is not None:
         try:
