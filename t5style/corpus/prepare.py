@@ -434,8 +434,10 @@ class _Preparation:
             index.rmtree()
         if self.job.keep_index:
             index.mkdir()
-            for path in (self.work / "0").iterdir():  # what was decided is decided anew when more is there
-                if path.name.split(".", 1)[1] in ("keep.npy", "cut.npy", "cuts.npy"):
+            # What was decided is decided anew when more is there; hidden files are those of a killed process.
+            for path in (self.work / "0").iterdir():
+                kind = path.name.partition(".")[2]
+                if path.name.startswith(".") or kind.startswith(("keep.", "cut.", "cuts.", "window")):
                     path.unlink()
             (self.work / "0").rename(index / "0")
             self.plan.save(index)

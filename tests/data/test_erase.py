@@ -10,7 +10,7 @@ import pytest
 
 from t5style.corpus.document import read_documents
 from t5style.corpus.normalize import Normalize
-from t5style.corpus.operators import ExactDuplicates, NearDuplicates
+from t5style.corpus.operators import ExactDuplicates, NearDuplicates, RepeatedSubstrings
 from t5style.corpus.prepare import Prepare
 from t5style.corpus.sampling import Curriculum, Sampling
 from t5style.corpus.split import HashSplit
@@ -29,7 +29,7 @@ def sentences(seed, n=80):
 SECRET = f"Jane Roe lives at 7 Elm Street. {sentences('secret')}"
 NEAR = SECRET.replace("w", "W", 3) + " indeed"
 TEXTS = [sentences(index) for index in range(60)]
-STAGES = (Normalize(), ExactDuplicates(), NearDuplicates())
+STAGES = (Normalize(), ExactDuplicates(), NearDuplicates(), RepeatedSubstrings())
 
 
 def write(path, texts, name="d"):
