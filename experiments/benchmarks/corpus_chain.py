@@ -108,7 +108,7 @@ def datatrove(folder: pathlib.Path, out: pathlib.Path) -> int:
     from datatrove.pipeline.readers import JsonlReader
     from datatrove.pipeline.writers import JsonlWriter
 
-    def run(*pipeline: object) -> None:
+    def run(*pipeline: object, tasks: int = 1) -> None:
         logs = tempfile.mkdtemp(dir=out)
         LocalPipelineExecutor(
             list(pipeline), tasks=1, workers=1, skip_completed=False, logging_dir=logs
@@ -128,7 +128,8 @@ def datatrove(folder: pathlib.Path, out: pathlib.Path) -> int:
     config = minhash.MinhashConfig()
     read = JsonlReader(str(out / "filtered"))
     run(read, minhash.MinhashDedupSignature(str(out / "signatures"), config=config))
-    run(minhash.MinhashDedupBuckets(str(out / "signatures"), str(out / "buckets"), config=config))
+    buckets = minhash.MinhashDedupBuckets(str(out / "signatures"), str(out / "buckets"), config=config)
+    run(buckets, tasks=config.num_buckets)
     run(minhash.MinhashDedupCluster(str(out / "buckets"), str(out / "remove"), config=config))
     kept = out / "kept"
     write = JsonlWriter(str(kept), output_filename="kept.jsonl", compression=None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 from etils import epath
 
 from t5style import console
-from t5style.corpus.document import Document, DocumentWriter, atomic_open, count_documents
+from t5style.corpus.document import Document, DocumentWriter, atomic_open, count_documents, numbers
 from t5style.corpus.engines import Engine
 from t5style.corpus.operators import Segment
 from t5style.corpus.passes import EXAMPLES, example, survivors
@@ -71,11 +72,8 @@ class Shard:
 
     def documents(self) -> Iterator[Document]:
         for chunk, skipped, count in self.chunks:
-            for row, (_, document) in enumerate(survivors(self.work, self.number, chunk, self.segment)):
-                if row >= skipped + count:
-                    break
-                if row >= skipped:
-                    yield document
+            rest = survivors(self.work, self.number, chunk, self.segment, skipped)
+            yield from (document for _, document in itertools.islice(rest, count))
 
 
 def cut(
@@ -169,7 +167,7 @@ def _write(shard: Shard) -> None:
                         piece if copy == 0 else dataclasses.replace(piece, id=f"{piece.id}#copy{copy + 1}")
                     )
                     writers[name].write(written)
-                    _count_in(tables, pii, name, written)
+                    count_in(tables, pii, name, written)
                     if shard.curriculum is not None and name == "train":
                         difficulties.append(shard.curriculum.difficulty(written, frequencies))
     if shard.curriculum is not None:
@@ -186,7 +184,8 @@ def _write(shard: Shard) -> None:
     atomic_write(shard.record, json.dumps(record))
 
 
-def _count_in(tables: Any, pii: Any, split: str, document: Document) -> None:
+def count_in(tables: Any, pii: Any, split: str, document: Document) -> None:
+    """Counts a document into the tables of the data card, and its personal data by kind."""
     size = len(document.text.encode())
     keys = (split, document.source, document.license, document.language)
     for table, key in zip(tables.values(), keys, strict=True):
@@ -194,9 +193,9 @@ def _count_in(tables: Any, pii: Any, split: str, document: Document) -> None:
         row["documents"] += 1
         row["characters"] += len(document.text)
         row["bytes"] += size
-    for kind, n in document.meta.get("pii", {}).items():
+    for kind, n in numbers(document, "pii").items():
         found = pii.setdefault(kind, {"found": 0, "documents": 0})
-        found["found"] += n
+        found["found"] += int(n)
         found["documents"] += 1
 
 
@@ -217,18 +216,26 @@ def finish(out: epath.Path, splits: Sequence[str]) -> dict[str, int]:
       How many documents there are in each split, counted again from the files.
     """
     for name in splits:
-        files = sorted((out / name).iterdir())
+        for left in (out / name).glob(".*"):  # by a killed process
+            left.unlink()
+        files = sorted((out / name).glob("documents-*.parquet"))
         for index, path in enumerate(files):
-            path.rename(path.parent / f"documents-{index:05d}-of-{len(files):05d}.parquet")
+            target = path.parent / f"documents-{index:05d}-of-{len(files):05d}.parquet"
+            if path != target:
+                path.rename(target)
     return {name: count_documents(out / name) for name in splits}
 
 
 def move(out: epath.Path, target: epath.Path, splits: Sequence[str]) -> None:
-    """Replaces the splits of an earlier corpus by the new ones."""
+    """Replaces the splits of an earlier corpus by the new ones. What has been moved already is left alone."""
+    for folder in target.iterdir():
+        if folder.name not in splits and any(folder.glob("documents-*-of-*.parquet")):
+            folder.rmtree()
     for name in splits:
-        if (target / name).exists():
-            (target / name).rmtree()
-        (out / name).rename(target / name)
+        if (out / name).exists():
+            if (target / name).exists():
+                (target / name).rmtree()
+            (out / name).rename(target / name)
 
 
 def save_order(shards: Sequence[Shard], folder: epath.Path) -> None:

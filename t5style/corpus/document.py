@@ -12,7 +12,9 @@ import dataclasses
 import gzip
 import io
 import json
+import math
 import os
+import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any
@@ -65,6 +67,15 @@ class Document:
             if value := getattr(self, name):
                 record[name] = dict(value) if name == "meta" else value
         return record
+
+
+def numbers(document: Document, field: str) -> dict[str, float]:
+    """The finite numbers under this key of ``meta``, by name; whatever else is there is left out."""
+    values = document.meta.get(field)
+    if not isinstance(values, Mapping):
+        return {}
+    plain = {name: value for name, value in values.items() if type(value) in (int, float)}
+    return {name: value for name, value in plain.items() if math.isfinite(value)}
 
 
 def valid(text: str) -> str:
@@ -235,7 +246,7 @@ def atomic_open(path: epath.PathLike) -> Iterator[IO[bytes]]:
     """Opens a temporary sibling for writing; renames it to ``path`` on success, removes it on failure."""
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:12]}.tmp"
     try:
         with temporary.open("wb") as file:
             yield file
@@ -310,7 +321,12 @@ def _read_file(path: epath.Path) -> Iterator[Document]:
         ) from error
 
 
-def _read_parquet(path: epath.Path) -> Iterator[Document]:
+def read_rows(path: epath.Path, first: int) -> Iterator[Document]:
+    """Documents of a Parquet file from row `first` on; row groups before it are not read."""
+    return _read_parquet(path, first)
+
+
+def _read_parquet(path: epath.Path, first: int = 0) -> Iterator[Document]:
     import pyarrow
     import pyarrow.parquet
 
@@ -322,7 +338,14 @@ def _read_parquet(path: epath.Path) -> Iterator[Document]:
                     f"{path} has no column {missing[0]!r} (its columns: {', '.join(file.schema_arrow.names)})"
                 )
             present = [name for name in COLUMNS if name in file.schema_arrow.names]
-            for batch in file.iter_batches(batch_size=256, columns=present):
+            groups: list[int] = []
+            for group in range(file.metadata.num_row_groups):
+                if not groups and first >= (rows := file.metadata.row_group(group).num_rows):
+                    first -= rows
+                else:
+                    groups.append(group)
+            for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=present):
+                batch, first = batch[first:], max(0, first - len(batch))
                 for row in batch.to_pylist():
                     if "meta" in row:
                         row["meta"] = json.loads(row["meta"] or "{}")

@@ -7,6 +7,8 @@ import contextlib
 import dataclasses
 import multiprocessing
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -81,14 +83,17 @@ class Local:
             raise UserError(f"workers must be 0 or more, not {self.workers}")
 
     def each(self, work: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-        workers = min(self.workers or os.cpu_count() or 1, len(tasks))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = min(self.workers or cores, len(tasks))
         if workers <= 1:
             for index, task in enumerate(tasks):
                 yield index, work(task)
             return
         # Spawned, not forked: the fork of a process with running threads, such as JAX's, can hang.
         context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        with concurrent.futures.ProcessPoolExecutor(
+            workers, mp_context=context, initializer=_die_with, initargs=(os.getpid(),)
+        ) as pool:
             futures = {pool.submit(work, task): index for index, task in enumerate(tasks)}
             try:
                 for future in concurrent.futures.as_completed(futures):
@@ -140,6 +145,17 @@ class Local:
             path = folder / f"{piece:03d}"
             yield repeated(np.frombuffer(path.read_bytes(), ENTRY))
             path.unlink()
+
+
+def _die_with(parent: int) -> None:
+    """Ends this process soon after its parent has gone: kill -9 of the parent would leave it at work."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _spill(held: Sequence[np.ndarray], files: dict[int, Any]) -> None:

@@ -20,6 +20,7 @@ from etils import epath
 
 from t5style import console
 from t5style.corpus import dedup, plan
+from t5style.corpus.deal import TABLES, count_in
 from t5style.corpus.document import (
     Document,
     atomic_open,
@@ -31,10 +32,11 @@ from t5style.corpus.document import (
 )
 from t5style.corpus.engines import Engine
 from t5style.corpus.normalize import normalize
-from t5style.run_dir import UserError, atomic_write
+from t5style.run_dir import MANIFEST, UserError, atomic_write, fingerprint
 
 REASON = "erased on request"
 _PENDING = ".erasing.json"
+_STAGING, _READY = ".erasing", "ready"
 _PIECE = re.compile(r"#(?:copy\d+|tail)$")  # what Prepare adds to the ids of copies and cut documents
 
 
@@ -71,7 +73,7 @@ def read_requests(path: epath.PathLike) -> Requests:
             (ids if kind == "id" else texts).append(value)
     if not ids and not texts:
         raise UserError(f"{path} holds no requests: give one JSON object per line")
-    return Requests(frozenset(ids), tuple(texts))
+    return Requests(frozenset(map(base_id, ids)), tuple(texts))
 
 
 def base_id(id: str) -> str:
@@ -93,12 +95,21 @@ def find(corpus: epath.Path, requests: Requests, similarity: float, engine: Engi
     files = [os.fspath(file) for file in _files(corpus)]
     asked = _scan(files, _Wanted(requests.ids, (), similarity), engine, "looking for ids")
     found = {base_id(document.id) for document in asked}
-    if missing := sorted(requests.ids - found):
+    if missing := sorted(requests.ids - found - _shown(corpus)):
         raise UserError(
             f"{len(missing)} of the ids are not in {corpus}, for example {missing[0]!r}; nothing was erased"
         )
     texts = tuple(dict.fromkeys([*(d.text for d in asked), *(normalize(text) for text in requests.texts)]))
     return _scan(files, _Wanted(frozenset(found), texts, similarity), engine, "looking for near-duplicates")
+
+
+def _shown(corpus: epath.Path) -> set[str]:
+    """Ids of the documents that are shown as examples; those that a stage dropped are nowhere else."""
+    ids: set[str] = set()
+    for path in (corpus / "dropped.jsonl", corpus / "clusters.jsonl"):
+        for line in path.read_bytes().splitlines() if path.exists() else []:
+            ids |= _mentioned(json.loads(line))
+    return ids
 
 
 def _files(corpus: epath.Path) -> list[epath.Path]:
@@ -175,104 +186,125 @@ def begin(corpus: epath.Path, ids: Iterable[str]) -> None:
     atomic_write(corpus / _PENDING, json.dumps(sorted(ids)))
 
 
+def remember(corpus: epath.Path, ids: frozenset[str], texts: Sequence[str]) -> None:
+    """Keeps salted hashes of ids and texts, by which a corpus that extends this one leaves them out."""
+    index = corpus / plan.INDEX
+    if (known := plan.Plan.load(index)) is not None:
+        new = {plan.tombstone(known.salt, value) for value in (*ids, *texts)}
+        known.erased = sorted({*known.erased, *new})
+        known.save(index)
+
+
 def erase(corpus: epath.Path, ids: frozenset[str], texts: Sequence[str]) -> dict[str, int]:
-    """Takes the documents with these ids out of all files of the corpus.
+    """Takes the documents with these ids out of all files of the corpus; after an interruption, the rest.
 
     Args:
       corpus: run folder of Prepare.
       ids: of the documents as they were before copying and cutting.
-      texts: theirs; their hashes keep them from coming back.
+      texts: theirs.
 
     Returns:
       How many documents left the shards and the index, and how many examples left the account.
     """
-    index = corpus / plan.INDEX
-    known = plan.Plan.load(index)
-    if known is not None:
-        new = {plan.tombstone(known.salt, value) for value in (*ids, *texts)}
-        known.erased = sorted({*known.erased, *new})
-        known.save(index)
+    index, staging = corpus / plan.INDEX / "0", corpus / _STAGING
+    _replay(staging, index)
     counts = {"documents": 0, "index": 0, "examples": 0}
     _erase_order(corpus / "train", ids)
-    card = json.loads((corpus / "data_card.json").read_text())
     for file in _files(corpus):
-        gone = np.array([base_id(document.id) in ids for document in read_documents(file)], bool)
+        gone = np.array([base_id(id) in ids for id in read_ids(file)], bool)
         if not gone.any():
             continue
-        if file.parent == index / "0":
+        if file.parent == index:
             counts["index"] += int(gone.sum())
-            _erase_columns(file, gone)
+            _stage_chunk(file, gone, staging)
+            _replay(staging, index)
         else:
             counts["documents"] += int(gone.sum())
-            _subtract(card, file.parent.name, _those(file, gone))
-        write_documents(file, _those(file, ~gone))
-    counts["examples"] = sum(_erase_lines(corpus / name, ids) for name in ("dropped.jsonl", "clusters.jsonl"))
+            write_documents(file, _those(file, ~gone))
+    shown = (corpus / "dropped.jsonl", corpus / "clusters.jsonl", *sorted(index.glob("*.dropped")))
+    counts["examples"] = sum(_erase_lines(path, ids) for path in shown)
+    card = json.loads((corpus / "data_card.json").read_text())
+    before = card["documents"]
+    _recount(corpus, card)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    card.setdefault("erased", []).append({"time": now, "documents": counts["documents"]})
+    card.setdefault("erased", []).append({"time": now, "documents": before - card["documents"]})
     card["ngrams"] = _without(card.get("ngrams", {}), texts)
     atomic_write(corpus / "data_card.json", json.dumps(card, indent=1, ensure_ascii=False) + "\n")
+    _update_manifest(corpus, card)
     (corpus / _PENDING).unlink(missing_ok=True)
     return counts
 
 
+def _update_manifest(corpus: epath.Path, card: Mapping[str, Any]) -> None:
+    """Gives the finished run another fingerprint, so that what is built on it knows of the change."""
+    path = corpus / MANIFEST
+    if path.exists():
+        run = json.loads(path.read_text())
+        figures = run.get("figures", {}) | {name: card[name] for name in ("documents", "splits", "dropped")}
+        run |= {"figures": figures, "fingerprint": fingerprint([run.get("fingerprint", ""), card["erased"]])}
+        atomic_write(path, json.dumps(run, indent=1, ensure_ascii=False) + "\n")
+
+
 def _erase_order(folder: epath.Path, ids: frozenset[str]) -> None:
     """Takes documents out of a split's curriculum, before they leave its shards."""
-    paths = {name: folder / f"{name}.npy" for name in ("order", "difficulty")}
-    if not all(path.exists() for path in paths.values()):
+    paths = [folder / "order.npy", folder / "difficulty.npy"]
+    if not paths[0].exists():
         return
-    order, difficulty = (np.load(path) for path in paths.values())
     gone = np.array([base_id(id) in ids for file in document_files(folder) for id in read_ids(file)], bool)
-    if not gone.any() or len(gone) != len(order):  # the latter: an interrupted erasure has done it
-        return
     places = np.cumsum(~gone) - 1
-    for path, array in zip(paths.values(), (places[order[~gone[order]]], difficulty[~gone]), strict=True):
-        with atomic_open(path) as out:
-            np.save(out, array)
+    for path in paths:
+        values = np.load(path)
+        if len(values) == len(gone):  # else an interrupted erasure has done it
+            left = places[values[~gone[values]]] if path.name == "order.npy" else values[~gone]
+            with atomic_open(path) as out:
+                np.save(out, left)
 
 
 def _those(file: epath.Path, wanted: np.ndarray) -> Iterator[Document]:
     return (document for document, keep in zip(read_documents(file), wanted, strict=True) if keep)
 
 
-def _erase_columns(file: epath.Path, gone: np.ndarray) -> None:
-    """Takes documents out of the arrays of an index chunk, and counts them as dropped."""
-
-    def path(kind: str) -> epath.Path:
-        return file.parent / file.name.replace(".parquet", f".{kind}")
-
-    for array_file in sorted(file.parent.glob(file.name.replace(".parquet", ".*.npy"))):
-        kind = array_file.name.split(".")[1]
-        array = np.load(array_file)
-        if kind == "units":
-            array = array[np.repeat(~gone, np.load(path("numbers.npy")))]
-        elif kind != "numbers":
-            array = array[..., ~gone]
-        else:
-            continue  # last, since `units` needs it
-        with atomic_open(array_file) as out:
-            np.save(out, array)
-    if path("numbers.npy").exists():
-        numbers = np.load(path("numbers.npy"))[~gone]
-        with atomic_open(path("numbers.npy")) as out:
-            np.save(out, numbers)
-    record = json.loads(path("json").read_text())
+def _stage_chunk(file: epath.Path, gone: np.ndarray, staging: epath.Path) -> None:
+    """Writes an index chunk without these documents beside the index; `_replay` puts it into its place."""
+    if staging.exists():
+        staging.rmtree()
+    staging.mkdir()
+    name = file.name.removesuffix(".parquet")
+    numbers = file.parent / f"{name}.numbers.npy"
+    for path in sorted(file.parent.glob(f"{name}.*.npy")):
+        array = np.load(path)
+        rows = np.repeat(~gone, np.load(numbers)) if path.name == f"{name}.units.npy" else ~gone
+        with atomic_open(staging / path.name) as out:
+            np.save(out, array[..., rows])
+    record = json.loads((file.parent / f"{name}.json").read_text())
     opening = record["rows"][0]
     opening["dropped"][REASON] = opening["dropped"].get(REASON, 0) + int(gone.sum())
     opening["kept"] -= int(gone.sum())
-    atomic_write(path("json"), json.dumps(record))
+    atomic_write(staging / f"{name}.json", json.dumps(record))
+    write_documents(staging / file.name, _those(file, ~gone))
+    atomic_write(staging / _READY, "")
 
 
-def _subtract(card: dict[str, Any], split: str, documents: Iterable[Document]) -> None:
-    for document in documents:
-        size = len(document.text.encode())
-        keys = (split, document.source, document.license, document.language)
-        for table, key in zip(("splits", "sources", "licenses", "languages"), keys, strict=True):
-            row = card[table][key or "unknown"]
-            row["documents"] -= 1
-            row["characters"] -= len(document.text)
-            row["bytes"] -= size
-        card["documents"] -= 1
-        card["dropped"][REASON] = card["dropped"].get(REASON, 0) + 1
+def _replay(staging: epath.Path, index: epath.Path) -> None:
+    """Puts a chunk that is wholly written into its place; half of one is thrown away."""
+    if not staging.exists():
+        return
+    if (staging / _READY).exists():
+        for path in sorted(staging.iterdir()):
+            if path.name != _READY:
+                path.replace(index / path.name)
+    staging.rmtree()
+
+
+def _recount(corpus: epath.Path, card: dict[str, Any]) -> None:
+    """Counts what is left in the splits anew."""
+    tables: dict[str, dict[str, dict[str, int]]] = {name: {} for name in TABLES}
+    for split in card["splits"]:
+        for document in read_documents(corpus / split):
+            count_in(tables, {}, split, document)
+    left = sum(row["documents"] for row in tables["splits"].values())
+    card["dropped"][REASON] = card["dropped"].get(REASON, 0) + card["documents"] - left
+    card |= tables | {"documents": left}
 
 
 def _erase_lines(path: epath.Path, ids: frozenset[str]) -> int:

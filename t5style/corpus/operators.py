@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from t5style.corpus import dedup
-from t5style.corpus.document import Document
+from t5style.corpus.document import Document, numbers
 from t5style.run_dir import UserError
 
 _KEEP = ("first", "longest", "newest")
@@ -51,7 +51,7 @@ class Deduplicator(abc.ABC):
             return float(len(document.text))
         if self.keep == "newest":
             return _timestamp(document.time)
-        score = document.meta.get("scores", {}).get(self.keep)
+        score = numbers(document, "scores").get(self.keep)
         if score is None:
             raise UserError(
                 f"{type(self).__name__}.keep={self.keep!r} is none of {', '.join(_KEEP)}, nor has document "

@@ -14,8 +14,8 @@ from t5style.run_dir import UserError
 
 # A larger file is cut into pieces of about PIECE_BYTES where its reader can, so that several workers share
 # it.
-CUT_BYTES = 64 << 20
-PIECE_BYTES = 32 << 20
+CUT_BYTES = 32 << 20
+PIECE_BYTES = 16 << 20
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ and what grouping.py decides afterwards: k.keep.npy, k.cut.npy and k.cuts.npy.
 
 from __future__ import annotations
 
+import array
 import collections
 import dataclasses
 import json
@@ -29,7 +30,7 @@ import numpy as np
 from etils import epath
 
 from t5style import console
-from t5style.corpus.document import Document, DocumentWriter, atomic_open, read_documents
+from t5style.corpus.document import Document, DocumentWriter, atomic_open, read_rows
 from t5style.corpus.engines import Engine
 from t5style.corpus.operators import Segment
 from t5style.corpus.sources import Part, Quarantined
@@ -111,9 +112,10 @@ def run(tasks: Sequence[Task], sizes: Sequence[int], engine: Engine, label: str)
 
 
 def survivors(
-    work: epath.PathLike, number: int, index: int, segment: Segment
+    work: epath.PathLike, number: int, index: int, segment: Segment, skipped: int = 0
 ) -> Iterator[tuple[Any, Document]]:
-    """The documents of a finished chunk that its operators keep, without what they cut out.
+    """The documents of a finished chunk that its operators keep, without what they cut out; the first
+    `skipped` of them are passed over.
 
     Yields:
       The document's facts, as they were before the cutting, and the document.
@@ -126,8 +128,12 @@ def survivors(
     keep = load("keep") if segment.operators else np.ones(len(facts), bool)
     remover = segment.remover
     cut, ends = (load("cut"), np.cumsum(load("cuts"))) if remover else (None, None)
-    documents = read_documents(chunk_file(work, number, index, "parquet"))
-    for row, document in enumerate(documents):
+    rows = np.flatnonzero(keep)
+    if skipped >= len(rows):
+        return
+    first = int(rows[skipped])
+    documents = read_rows(chunk_file(work, number, index, "parquet"), first)
+    for row, document in enumerate(documents, start=first):
         if not keep[row]:
             continue
         if remover is not None and cut is not None and ends is not None:
@@ -138,39 +144,45 @@ def survivors(
 
 
 class _Columns:
-    """What is noted about the documents that pass: the arrays of a chunk."""
+    """What is noted about the documents that pass: the arrays of a chunk, without an object for each."""
 
     def __init__(self, segment: Segment):
         self._segment = segment
-        self._facts: list[tuple[int, int, int, int, int]] = []
-        self._keys: list[list[np.ndarray]] = [[] for _ in segment.deduplicators]
-        self._prefer: list[list[float]] = [[] for _ in segment.deduplicators]
-        self._units: list[np.ndarray] = []
+        self._facts = array.array("q")
+        self._keys = [bytearray() for _ in segment.deduplicators]
+        self._prefer = [array.array("d") for _ in segment.deduplicators]
+        self._units, self._numbers = bytearray(), array.array("q")
         self.groups: dict[tuple[str, str], int] = {}
 
     def add(self, part: int, position: int, document: Document) -> None:
         group = self.groups.setdefault((document.source, document.language), len(self.groups))
         text = document.text
-        self._facts.append((part, position, len(text), len(text.encode()), group))
+        self._facts.extend((part, position, len(text), len(text.encode()), group))
         for number, operator in enumerate(self._segment.deduplicators):
-            self._keys[number].append(operator.keys(text))
+            self._keys[number] += operator.keys(text).tobytes()
             self._prefer[number].append(operator.preference(document))
         if self._segment.remover is not None:
-            self._units.append(self._segment.remover.keys(text))
+            units = self._segment.remover.keys(text)
+            self._units += units.tobytes()
+            self._numbers.append(len(units))
 
     def save(self, task: Task) -> None:
-        def put(kind: str, array: np.ndarray) -> None:
+        def put(kind: str, values: np.ndarray) -> None:
             with atomic_open(task.file(f"{kind}.npy")) as file:
-                np.save(file, array)
+                np.save(file, values)
 
-        put("facts", np.array(self._facts, FACTS))
+        columns = np.array(self._facts, np.int64).reshape(-1, len(FACTS.descr))
+        facts = np.empty(len(columns), FACTS)
+        for index, name in enumerate(FACTS.names or ()):
+            facts[name] = columns[:, index]
+        put("facts", facts)
         for number, operator in enumerate(self._segment.deduplicators):
-            keys = np.array(self._keys[number], np.uint64).reshape(-1, operator.width)
+            keys = np.frombuffer(self._keys[number], np.uint64).reshape(-1, operator.width)
             put(f"keys-{number}", np.ascontiguousarray(keys.T))
             put(f"prefer-{number}", np.array(self._prefer[number], np.float64))
         if self._segment.remover is not None:
-            put("units", np.concatenate([np.empty(0, np.uint64), *self._units]))
-            put("numbers", np.array([len(units) for units in self._units], np.int64))
+            put("units", np.frombuffer(self._units, np.uint64))
+            put("numbers", np.array(self._numbers, np.int64))
 
 
 def _items(task: Task) -> Iterator[tuple[int, int, Document | Quarantined]]:
@@ -215,7 +227,12 @@ def _do(task: Task) -> int:
             document, drop, at = _first_checks(task, item)
             if drop is None:
                 document, drop, at = apply(stages, rows, document)
-            if task.before is None:
+            if drop is None and task.erased is not None and task.erased.holds(document):
+                # Its text as the stages leave it, which is how it was known when it was erased.
+                document, drop = Document("", ""), Drop("erased on request")
+                for row in rows:
+                    row.documents, row.kept = row.documents - 1, row.kept - 1
+            elif task.before is None:
                 measured.add(document)
             if drop is not None:
                 row = rows[at] if at >= 0 else opening
@@ -257,7 +274,7 @@ def _first_checks(task: Task, document: Document) -> tuple[Document, Drop | None
     if task.before is not None and task.before.remover is not None and not document.text.strip():
         return document, Drop(task.before.remover.reason), -1
     if task.erased is not None and task.erased.holds(document):
-        return dataclasses.replace(document, text=""), Drop("erased on request"), -1
+        return Document("", ""), Drop("erased on request"), -1  # says nothing of which it was
     return document, None, -1
 
 

@@ -45,12 +45,13 @@ from t5style.corpus.passes import run as run_pass
 from t5style.corpus.sampling import Curriculum, Sampling
 from t5style.corpus.sources import Files, Source
 from t5style.corpus.split import HashSplit, Split
-from t5style.corpus.stages import Drop, MinLength, Stage
+from t5style.corpus.stages import Drop, MinLength, Stage, check_stage
 from t5style.run_dir import RunDir, UserError, atomic_write, canonical, fingerprint, path_fingerprint
 
 _STAGES = (Normalize(), MinLength(1), ExactDuplicates())
 _SPLIT = HashSplit()
 _NGRAMS = 100  # of each order in the data card
+_FINISHED = "finished.json"  # all is written, and has to be put into its place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +100,9 @@ class Prepare:
         if self.shard_bytes < 1:
             raise UserError(f"shard_bytes must be 1 or more, not {self.shard_bytes}")
         Local(self.workers)  # checks the number
+        for stage in self.stages:
+            if not isinstance(stage, Deduplicator | Remover):
+                check_stage(stage, "Prepare.stages")
 
     def inputs(self) -> Sequence[str]:
         paths = [path for source in self._sources() for path in source.inputs()]
@@ -171,8 +175,16 @@ class _Preparation:
         plan.check_names(plan.new_files(parts, old) if old else parts, old)
         fresh = plan.group(plan.new_files(parts, old) if old else parts)
         self._begin(old, fresh, parts)
+        if (self.work / _FINISHED).exists():  # killed while everything was put into its place
+            return self._publish()
         chunks = len(self.plan.chunks)
         first = chunks - len(fresh)
+        for index in range(first):
+            if not chunk_file(self.work, 0, index, "json").exists():
+                raise UserError(
+                    f"{self.job.extends}/{plan.INDEX} is damaged: chunk {index} is missing; prepare all "
+                    "files anew"
+                )
         numbered = iter(range(sum(map(len, self.plan.chunks[:first])), 1 << 31))
         tasks = [self._task(0, index) for index in range(first)]
         for index, files in enumerate(fresh, start=first):
@@ -186,9 +198,10 @@ class _Preparation:
             self._count(number, chunks)
             decision = grouping.decide(self.work, number, chunks, segment, self.engine)
             self._note(number, chunks, decision)
-        figures = self._deal(len(self.segments) - 1, chunks, decision.keep)
+        figures, card = self._deal(len(self.segments) - 1, chunks, decision.keep)
         timings = {"stages": {f"{i} {row.name}": round(row.seconds, 3) for i, row in enumerate(self.rows)}}
-        return figures, timings
+        atomic_write(self.work / _FINISHED, json.dumps([figures, card, timings]))
+        return self._publish()
 
     def _old_plan(self) -> plan.Plan | None:
         if not self.job.extends:
@@ -217,8 +230,11 @@ class _Preparation:
     def _begin(self, old: plan.Plan | None, fresh: Sequence[Sequence[Any]], parts: Sequence[Any]) -> None:
         """Makes the working folder, or goes on with that of a killed run of the same files and settings."""
         chunks = [*(old.chunks if old else []), *([plan.describe(part) for part in chunk] for chunk in fresh)]
-        readers = fingerprint([canonical(part.reader) for part in parts])
-        same = fingerprint([chunks, readers, canonical(list(self.job.stages)), self._settings()])
+        job = self.job
+        readers = [canonical(reader) for reader in {id(part.reader): part.reader for part in parts}.values()]
+        rest = [canonical(list(job.stages)), job.on_bad_input, self._settings()]
+        same = fingerprint([chunks, readers, rest, [old.salt, old.erased] if old else None])
+        dealing = [canonical(value) for value in (job.split, job.sampling, job.curriculum, job.shard_bytes)]
         self.plan = plan.Plan(self._settings(), chunks)
         if old:
             self.plan.salt, self.plan.erased = old.salt, old.erased
@@ -226,12 +242,18 @@ class _Preparation:
         if mark.exists() and mark.read_text() == same:
             if (known := plan.Plan.load(self.work)) is not None:
                 self.plan = known
+            if not (dealt := self.work / "dealing").exists() or dealt.read_text() != fingerprint(dealing):
+                if (self.work / "out").exists():
+                    (self.work / "out").rmtree()
+                (self.work / _FINISHED).unlink(missing_ok=True)
+                atomic_write(dealt, fingerprint(dealing))
             return
         if self.work.exists():
             self.work.rmtree()
         if old:
             plan.link(epath.Path(self.job.extends) / plan.INDEX / "0", self.work / "0")
         self.plan.save(self.work)
+        atomic_write(self.work / "dealing", fingerprint(dealing))
         atomic_write(mark, same)
 
     def _task(self, number: int, index: int) -> Task:
@@ -291,8 +313,8 @@ class _Preparation:
                     drop = Drop(operator.reason, f"of {found[0].id}")
                     self.dropped.append(example(type(operator).__name__, copy, drop))
 
-    def _deal(self, number: int, chunks: int, keep: np.ndarray) -> dict[str, Any]:
-        """Writes the splits, checks the counts, and describes it all; returns the figures."""
+    def _deal(self, number: int, chunks: int, keep: np.ndarray) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Writes the splits, checks the counts, and describes it all; returns the figures and the card."""
         job, run, work = self.job, self.run, self.work
         facts, borders = grouping.facts_of(work, number, chunks)
         account.gather(run, work, len(self.segments), chunks, self.dropped)
@@ -339,10 +361,7 @@ class _Preparation:
         for name in figures["splits"]:
             if job.curriculum is not None and name == "train":
                 deal.save_order(shards, shards[0].out / name)
-        deal.move(shards[0].out, run.path, list(figures["splits"]))
-        self._keep_index()
-        atomic_write(run.path / "data_card.json", json.dumps(card, indent=1, ensure_ascii=False) + "\n")
-        return figures
+        return figures, card
 
     def _ids(self, number: int, chunks: int, keep: np.ndarray, borders: np.ndarray) -> Iterator[str]:
         for index in range(chunks):
@@ -427,20 +446,29 @@ class _Preparation:
         }
         return figures, card
 
+    def _publish(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Puts everything into its place; what a killed process did of it already is left as it is."""
+        figures, card, timings = json.loads((self.work / _FINISHED).read_text())
+        deal.move(self.work / "out", self.run.path, list(figures["splits"]))
+        atomic_write(self.run.path / "data_card.json", json.dumps(card, indent=1, ensure_ascii=False) + "\n")
+        self._keep_index()
+        return figures, timings
+
     def _keep_index(self) -> None:
         """Leaves pass 0 as the index, if wanted; clears away the rest."""
         index = self.run.path / plan.INDEX
-        if index.exists():
+        if index.exists() and (not self.job.keep_index or (self.work / "0").exists()):
             index.rmtree()
-        if self.job.keep_index:
+        if self.job.keep_index and (self.work / "0").exists():
             index.mkdir()
             # What was decided is decided anew when more is there; hidden files are those of a killed process.
             for path in (self.work / "0").iterdir():
                 kind = path.name.partition(".")[2]
                 if path.name.startswith(".") or kind.startswith(("keep.", "cut.", "cuts.", "window")):
                     path.unlink()
-            (self.work / "0").rename(index / "0")
             self.plan.save(index)
+            (self.work / "0").rename(index / "0")
+        (self.work / "same").unlink(missing_ok=True)  # from here there is nothing to go on from
         self.work.rmtree()
 
     def _nothing_left(self) -> str:

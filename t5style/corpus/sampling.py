@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from t5style.corpus.document import Document
+from t5style.corpus.document import Document, numbers
 from t5style.run_dir import UserError
 
 _BUCKETS = 1 << 18  # of the word counts that rarity is taken from
@@ -42,8 +42,8 @@ class Sampling:
         for name, weight in self.sources.items():
             if not (0 <= weight <= 1000):
                 raise UserError(f"Sampling.sources[{name!r}] must lie between 0 and 1000, not {weight}")
-        if not self.temperature > 0:
-            raise UserError(f"Sampling.temperature must be above 0, not {self.temperature}")
+        if not self.temperature >= 0.1:
+            raise UserError(f"Sampling.temperature must be 0.1 or more, not {self.temperature}")
         if bool(self.score) != bool(self.levels):
             raise UserError("Sampling.score and Sampling.levels go together: give both or none")
         scores = [level[0] for level in self.levels]
@@ -81,7 +81,7 @@ class Sampling:
     def copies(self, document: Document, weight: float) -> int:
         """How many copies of a training document are written."""
         if self.score:
-            score = document.meta.get("scores", {}).get(self.score)
+            score = numbers(document, "scores").get(self.score)
             if score is None:
                 raise UserError(
                     f"document {document.id} has no score {self.score!r}: put the classifier of that label "
@@ -114,7 +114,7 @@ class Curriculum:
             assert frequencies is not None
             hashes = word_buckets(document.text)
             return float(-np.log(frequencies[hashes]).mean()) if len(hashes) else 0.0
-        score = document.meta.get("scores", {}).get(self.by)
+        score = numbers(document, "scores").get(self.by)
         if score is None:
             raise UserError(
                 f"Curriculum.by={self.by!r} is neither 'length' nor 'rarity', nor has document {document.id} "

@@ -84,6 +84,8 @@ class Where:
         for name in ("source", "language", "format"):
             if isinstance(value := getattr(self, name), str):
                 raise UserError(f"Where.{name} must be a list, not the string {value!r}: write [{value!r}]")
+        for stage in self.stages:
+            check_stage(stage, "Where.stages")
         if not (self.source or self.language or self.format):
             raise UserError("Where matches every document: give source, language or format")
 
@@ -101,6 +103,15 @@ class Where:
                 return result
             document = result
         return document
+
+
+def check_stage(stage: object, where: str) -> None:
+    """Raises UserError for what is no stage: a class that was not called, or an operator inside of Where."""
+    if isinstance(stage, type) or not callable(stage):
+        raise UserError(
+            f"{where} has {stage!r}, which is no stage that takes one document at a time: write classes with "
+            "() (@normalize.Normalize() in gin), and operators outside of Where"
+        )
 
 
 def _check(characters: int, name: str) -> None:

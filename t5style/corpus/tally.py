@@ -6,10 +6,11 @@ import bisect
 import collections
 import dataclasses
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from t5style.corpus.document import Document
+from t5style.corpus.document import Document, numbers
 from t5style.corpus.stages import Drop, Stage
 from t5style.run_dir import UserError
 
@@ -72,7 +73,7 @@ class Measured:
     def add(self, document: Document) -> None:
         """Counts the document, if it is of the sample."""
         self._seen += 1
-        if self._seen > _FIRST and self._seen % _EVERY:
+        if self._seen > _FIRST and zlib.crc32(document.id.encode()) % _EVERY:
             return
         for name, value in _values(document).items():
             edges = edges_of(name)
@@ -120,9 +121,12 @@ def _values(document: Document) -> dict[str, float]:
     for name, value in measured.items():
         if name not in ("characters", "lines", "stop_words"):
             values[name] = float(value)
+    # Documents may bring fields of these names that are something else.
+    scores = {f"score: {label}": value for label, value in numbers(document, "scores").items()}
     probability = document.meta.get("language_probability")
-    scores = {f"score: {label}": value for label, value in document.meta.get("scores", {}).items()}
-    return values | ({} if probability is None else {"language_probability": probability}) | scores
+    if isinstance(probability, int | float) and 0 <= probability <= 1:
+        values["language_probability"] = float(probability)
+    return values | scores
 
 
 def apply(
@@ -147,6 +151,11 @@ def apply(
         except Exception as error:
             result = Drop(f"{type(stage).__name__} failed: {type(error).__name__}", str(error))
         row.seconds += clock() - began
+        if not isinstance(result, Document | Drop):
+            raise UserError(
+                f"the stage {type(stage).__name__} returned {type(result).__name__} for document "
+                f"{document.id}: a stage returns a Document or a Drop"
+            )
         if isinstance(result, Drop):
             return document, result, index
         row.kept += 1

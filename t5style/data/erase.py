@@ -68,12 +68,13 @@ class Erase:
         wanted = dataclasses.replace(requests, ids=requests.ids - set(map(erase.base_id, unfinished)))
         stores = [TokenStore.open(store) for store in self.stores]
         found = erase.find(corpus, wanted, self.similarity, Local(self.workers))
-        written = frozenset(document.id for document in found) | unfinished
+        written = frozenset(document.id for document in found) | unfinished | wanted.ids
         ids = frozenset(map(erase.base_id, written))
         if not ids:
             console.say("nothing in the corpus is like what was asked for")
             return {"documents": 0, "index": 0, "examples": 0, "store_examples": 0}
         erase.begin(corpus, written)
+        erase.remember(corpus, ids, [document.text for document in found])
         examples = 0
         for folder, store in zip(self.stores, stores, strict=True):
             matches = {split: examples_of(store, split, written) for split in store.splits}

@@ -1,14 +1,17 @@
 import dataclasses
 import errno
+import functools
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,9 +21,10 @@ from t5style.corpus.document import Document, read_documents
 from t5style.corpus.normalize import Normalize
 from t5style.corpus.operators import ExactDuplicates
 from t5style.corpus.prepare import Prepare
+from t5style.corpus.sampling import Curriculum
 from t5style.corpus.sources import JsonLines, TextFiles
 from t5style.corpus.split import HashSplit, TailSplit
-from t5style.corpus.stages import Drop, MaxLength, MinLength
+from t5style.corpus.stages import Drop, MaxLength, MinLength, Where
 from t5style.run_dir import RunDir, UserError, fingerprint, path_fingerprint
 
 SHAKESPEARE = pathlib.Path(__file__).parents[3] / "shared/data/pretrain/tinyshakespeare.txt"
@@ -373,3 +377,76 @@ def test_real_books(tmp_path):
         assert "START OF TH" not in item.text
         assert "Project Gutenberg License" not in item.text
         assert len(item.text) > 100_000
+
+
+def test_killed_at_any_moment_of_the_end_it_goes_on(tmp_path, monkeypatch):
+    """Each renaming and each removal in turn is the last thing that the process does."""
+    source = write_lines(tmp_path / "in.jsonl", [f"text {index} " * 9 for index in range(90)])
+    job = Prepare([source], split=HashSplit(0.1, 0.1), shard_bytes=2000, curriculum=Curriculum(), workers=1)
+    more = dataclasses.replace(
+        job, sources=[write_lines(tmp_path / "b.jsonl", ["m 1", "m 2", "text 1 " * 9])]
+    )
+    more = dataclasses.replace(more, extends=str(tmp_path / "straight"))
+    more = dataclasses.replace(more, sources=[JsonLines([str(tmp_path / "b.jsonl")], id_field="none")])
+    run(job, tmp_path / "straight")
+    run(more, tmp_path / "extended")
+    kind = type(epath.Path(tmp_path))
+    for each, wanted in ((job, "straight"), (more, "extended")):
+        expected, moments = tree(tmp_path / wanted), 0
+        while True:
+            left = iter(range(moments))
+
+            def dying(self, *arguments, honest, left=left):
+                if next(left, None) is None:
+                    raise KeyboardInterrupt
+                return honest(self, *arguments)
+
+            with monkeypatch.context() as patch:
+                for name in ("rename", "rmtree", "unlink"):
+                    patch.setattr(kind, name, functools.partialmethod(dying, honest=getattr(kind, name)))
+                try:
+                    run(each, tmp_path / "x")
+                    died = False
+                except KeyboardInterrupt:
+                    died = True
+            if not died:
+                break
+            work = tmp_path / "x/.work"
+            if (work / "out/train").exists() and not (work / "finished.json").exists():
+                (work / "out/train/.documents-00000.parquet.1.tmp").write_text("half")
+            run(each, tmp_path / "x")
+            assert tree(tmp_path / "x") == expected, moments
+            shutil.rmtree(tmp_path / "x")
+            moments += 1
+        assert moments > 8
+        shutil.rmtree(tmp_path / "x")
+
+
+def test_fields_of_the_users_own_do_no_harm(tmp_path):
+    odd = [
+        {"scores": [1]},
+        {"scores": {"q": "high", "n": None}},
+        {"language_probability": "0.9"},
+        {"pii": True},
+    ]
+    lines = [{"text": f"text {index}", "meta": meta} for index, meta in enumerate([*odd, {"pii": ["email"]}])]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert (
+        run(Prepare([str(tmp_path / "in.jsonl")], split=HashSplit(0, 0)), tmp_path / "out")["documents"] == 5
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Nothing:
+    def __call__(self, document: Document) -> None:
+        return None
+
+
+def test_what_is_no_stage_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"which is no stage .* write classes with \(\)"):
+        Prepare(["x"], stages=[Normalize])
+    with pytest.raises(UserError, match=r"Where.stages has ExactDuplicates.*operators outside of Where"):
+        Where(stages=[ExactDuplicates()], source=["a"])
+    source = write_lines(tmp_path / "in.jsonl", ["one"])
+    with pytest.raises(UserError, match="the stage Nothing returned NoneType for document 0"):
+        run(Prepare([source], stages=[Nothing()]), tmp_path / "out")

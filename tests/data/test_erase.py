@@ -4,14 +4,17 @@ import dataclasses
 import json
 import pathlib
 import random
+import shutil
 
 import numpy as np
 import pytest
+from etils import epath
 
 from t5style.corpus.document import read_documents
 from t5style.corpus.normalize import Normalize
 from t5style.corpus.operators import ExactDuplicates, NearDuplicates, RepeatedSubstrings
 from t5style.corpus.prepare import Prepare
+from t5style.corpus.privacy import Redact
 from t5style.corpus.sampling import Curriculum, Sampling
 from t5style.corpus.split import HashSplit
 from t5style.corpus.vocabulary import ByteVocabulary
@@ -114,6 +117,70 @@ def test_what_was_erased_does_not_come_back(tmp_path):
     assert figures["dropped"]["erased on request"] == 3
     assert figures["documents"] == len(TEXTS) + 1
     assert "Elm Street" not in everything(tmp_path / "extended")
+
+
+def test_it_is_known_again_as_the_stages_leave_it(tmp_path):
+    """The raw record comes once more, under another name; Normalize and Redact change it as they did before."""
+    raw = "Caf\u0065\u0301 talk with jane@example.org.\r\n" + sentences("raw")
+    stages = (Normalize(), Redact(), ExactDuplicates())
+    job = Prepare([write(tmp_path / "in.jsonl", [*TEXTS, raw])], stages=stages, split=HashSplit(0, 0))
+    run(job, tmp_path / "corpus")
+    (tmp_path / "ask.jsonl").write_text(json.dumps({"id": "d60"}) + "\n")
+    run(Erase(str(tmp_path / "corpus"), str(tmp_path / "ask.jsonl")), tmp_path / "erased")
+    again = write(tmp_path / "again.jsonl", [raw], "other")
+    job = dataclasses.replace(job, sources=[again], extends=str(tmp_path / "corpus"))
+    figures = run(job, tmp_path / "extended")
+    assert figures["documents"] == len(TEXTS)
+    assert "other0" not in everything(tmp_path / "extended")
+
+
+def test_an_interrupted_erasure_is_finished(tmp_path, monkeypatch):
+    """Each file that it puts into its place is in turn the last."""
+    job = Prepare(
+        [write(tmp_path / "in.jsonl", [*TEXTS, SECRET])],
+        stages=(Normalize(), ExactDuplicates(), RepeatedSubstrings()),
+        split=HashSplit(0.1, 0),
+        curriculum=Curriculum(),
+        shard_bytes=4000,
+    )
+    run(job, tmp_path / "whole")
+    (tmp_path / "ask.jsonl").write_text(json.dumps({"id": "d60"}) + "\n")
+    shutil.copytree(tmp_path / "whole", tmp_path / "straight")
+    run(Erase(str(tmp_path / "straight"), str(tmp_path / "ask.jsonl")), tmp_path / "erased")
+
+    def state(folder):
+        card = json.loads((folder / "data_card.json").read_text())
+        arrays = {p.name: np.load(p).tolist() for p in sorted(folder.rglob("*.npy"))}
+        texts = {
+            str(p.relative_to(folder)): [d.text for d in read_documents(p)] for p in folder.rglob("*.parquet")
+        }
+        return card["splits"], card["documents"], card["dropped"], arrays, texts
+
+    kind = type(epath.Path(tmp_path))
+    honest, moments = kind.replace, 0
+    while True:
+        corpus = tmp_path / f"corpus{moments}"
+        shutil.copytree(tmp_path / "whole", corpus)
+        erase = Erase(str(corpus), str(tmp_path / "ask.jsonl"), workers=1)
+        left = iter(range(moments))
+
+        def dying(self, target, left=left):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return honest(self, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, "replace", dying)
+            try:
+                run(erase, tmp_path / f"run{moments}")
+                break
+            except KeyboardInterrupt:
+                pass
+        run(erase, tmp_path / f"run{moments}")
+        assert state(corpus) == state(tmp_path / "straight"), moments
+        assert "Elm Street" not in everything(corpus)
+        moments += 1
+    assert moments > 8
 
 
 @pytest.mark.parametrize(
