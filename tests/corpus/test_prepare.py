@@ -396,10 +396,10 @@ def test_killed_at_any_moment_of_the_end_it_goes_on(tmp_path, monkeypatch):
         while True:
             left = iter(range(moments))
 
-            def dying(self, *arguments, honest, left=left):
+            def dying(self, *arguments, honest, left=left, **named):
                 if next(left, None) is None:
                     raise KeyboardInterrupt
-                return honest(self, *arguments)
+                return honest(self, *arguments, **named)
 
             with monkeypatch.context() as patch:
                 for name in ("rename", "rmtree", "unlink"):

@@ -120,7 +120,7 @@ def test_what_was_erased_does_not_come_back(tmp_path):
 
 
 def test_it_is_known_again_as_the_stages_leave_it(tmp_path):
-    """The raw record comes once more, under another name; Normalize and Redact change it as they did before."""
+    """The raw record comes once more, under another name; the stages change it as they did before."""
     raw = "Caf\u0065\u0301 talk with jane@example.org.\r\n" + sentences("raw")
     stages = (Normalize(), Redact(), ExactDuplicates())
     job = Prepare([write(tmp_path / "in.jsonl", [*TEXTS, raw])], stages=stages, split=HashSplit(0, 0))
