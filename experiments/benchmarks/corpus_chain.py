@@ -111,7 +111,7 @@ def datatrove(folder: pathlib.Path, out: pathlib.Path) -> int:
     def run(*pipeline: object, tasks: int = 1) -> None:
         logs = tempfile.mkdtemp(dir=out)
         LocalPipelineExecutor(
-            list(pipeline), tasks=1, workers=1, skip_completed=False, logging_dir=logs
+            list(pipeline), tasks=tasks, workers=1, skip_completed=False, logging_dir=logs
         ).run()
 
     for name in ("html", "text"):
