@@ -65,7 +65,7 @@ class Prepare:
       sampling: copies of the training documents; None writes each once.
       curriculum: records an order of the training documents; None records none.
       extends: run folder of an earlier corpus, made with the same stages: its files are not read again, and
-        the result is the same as that of preparing all files at once.
+        the result is the same as that of preparing all files at once, the old ones first.
       keep_index: keeps what a later corpus needs to extend this one, as large as the corpus itself.
       on_bad_input: "quarantine" sets aside what cannot be read or makes a stage fail, and goes on; "refuse"
         ends the run there.
