@@ -70,7 +70,7 @@ class Beam:
         finally:
             folder.rmtree()
 
-    def pairs(self, keys: Keys, folder: epath.Path) -> Iterator[np.ndarray]:
+    def pairs(self, keys: Keys) -> Iterator[np.ndarray]:
         """Pairs of documents that connect all those of the same keys."""
         yield from self._grouped(functools.partial(_keyed, keys=keys), _link, keys.chunks)
 

@@ -18,7 +18,14 @@ import numpy as np
 from etils import epath
 
 from t5style import console
-from t5style.corpus.document import Document, DocumentWriter, atomic_open, count_documents, numbers
+from t5style.corpus.document import (
+    Document,
+    DocumentWriter,
+    atomic_open,
+    count_documents,
+    numbers,
+    save_array,
+)
 from t5style.corpus.engines import Engine
 from t5style.corpus.operators import Segment
 from t5style.corpus.passes import EXAMPLES, example, survivors
@@ -171,8 +178,7 @@ def _write(shard: Shard) -> None:
                     if shard.curriculum is not None and name == "train":
                         difficulties.append(shard.curriculum.difficulty(written, frequencies))
     if shard.curriculum is not None:
-        with atomic_open(shard.out / f"{shard.index:05d}.npy") as file:
-            np.save(file, np.array(difficulties, np.float64))
+        save_array(shard.out / f"{shard.index:05d}.npy", np.array(difficulties, np.float64))
     record = {
         "tables": tables,
         "pii": pii,
@@ -247,6 +253,5 @@ def save_order(shards: Sequence[Shard], folder: epath.Path) -> None:
     order = np.argsort(-difficulty if curriculum.hardest_first else difficulty, kind="stable").astype(
         np.int64
     )
-    for name, array in (("difficulty", difficulty), ("order", order)):
-        with atomic_open(folder / f"{name}.npy") as file:
-            np.save(file, array)
+    save_array(folder / "difficulty.npy", difficulty)
+    save_array(folder / "order.npy", order)

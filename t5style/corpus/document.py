@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any
 
+import numpy as np
 import zstandard
 from etils import epath
 
@@ -257,6 +258,12 @@ def atomic_open(path: epath.PathLike) -> Iterator[IO[bytes]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def save_array(path: epath.PathLike, values: np.ndarray) -> None:
+    """Writes an array to a .npy file, which appears whole or not at all."""
+    with atomic_open(path) as file:
+        np.save(file, values)
 
 
 def read_documents(path: epath.PathLike) -> Iterator[Document]:

@@ -57,7 +57,7 @@ class Engine(Protocol):
         """Does the work for all tasks; yields each one's index and result as it is done."""
         ...
 
-    def pairs(self, keys: Keys, folder: epath.Path) -> Iterator[np.ndarray]:
+    def pairs(self, keys: Keys) -> Iterator[np.ndarray]:
         """Pairs of documents, int64 [m, 2], that connect all documents of the same keys; band by band."""
         ...
 
@@ -107,7 +107,7 @@ class Local:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def pairs(self, keys: Keys, folder: epath.Path) -> Iterator[np.ndarray]:
+    def pairs(self, keys: Keys) -> Iterator[np.ndarray]:
         for band in keys.bands:
             held = []
             for index in range(keys.chunks):

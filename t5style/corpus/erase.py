@@ -23,11 +23,11 @@ from t5style.corpus import dedup, plan
 from t5style.corpus.deal import TABLES, count_in
 from t5style.corpus.document import (
     Document,
-    atomic_open,
     document_files,
     open_lines,
     read_documents,
     read_ids,
+    save_array,
     write_documents,
 )
 from t5style.corpus.engines import Engine
@@ -256,8 +256,7 @@ def _erase_order(folder: epath.Path, ids: frozenset[str]) -> None:
         values = np.load(path)
         if len(values) == len(gone):  # else an interrupted erasure has done it
             left = places[values[~gone[values]]] if path.name == "order.npy" else values[~gone]
-            with atomic_open(path) as out:
-                np.save(out, left)
+            save_array(path, left)
 
 
 def _those(file: epath.Path, wanted: np.ndarray) -> Iterator[Document]:
@@ -274,8 +273,7 @@ def _stage_chunk(file: epath.Path, gone: np.ndarray, staging: epath.Path) -> Non
     for path in sorted(file.parent.glob(f"{name}.*.npy")):
         array = np.load(path)
         rows = np.repeat(~gone, np.load(numbers)) if path.name == f"{name}.units.npy" else ~gone
-        with atomic_open(staging / path.name) as out:
-            np.save(out, array[..., rows])
+        save_array(staging / path.name, array[..., rows])
     record = json.loads((file.parent / f"{name}.json").read_text())
     opening = record["rows"][0]
     opening["dropped"][REASON] = opening["dropped"].get(REASON, 0) + int(gone.sum())

@@ -17,7 +17,7 @@ from etils import epath
 
 from t5style import console
 from t5style.corpus import dedup
-from t5style.corpus.document import Document, atomic_open, read_documents
+from t5style.corpus.document import Document, read_documents, save_array
 from t5style.corpus.engines import ENTRY, Engine
 from t5style.corpus.operators import Deduplicator, ExactDuplicates, Remover, RepeatedSubstrings, Segment
 from t5style.corpus.passes import chunk_file
@@ -35,20 +35,24 @@ class Decision:
     """What the operators at the end of a pass decided.
 
     Attributes:
-      keep: for each document of the pass, chunk after chunk.
+      facts: of all documents of the pass (passes.FACTS), chunk after chunk.
+      borders: where each chunk's documents begin, and the last one's end.
+      keep: for each document whether it stays.
       rows: what each operator did.
       sizes: how many clusters of each size the deduplicators found.
       clusters: for some of them the deduplicator, the size, and the numbers of the kept document and of some
         that were dropped.
     """
 
+    facts: np.ndarray
+    borders: np.ndarray
     keep: np.ndarray
     rows: list[Row] = dataclasses.field(default_factory=list)
     sizes: dict[int, int] = dataclasses.field(default_factory=dict)
     clusters: list[tuple[Deduplicator, int, list[int]]] = dataclasses.field(default_factory=list)
 
 
-def facts_of(work: epath.PathLike, number: int, chunks: int) -> tuple[np.ndarray, np.ndarray]:
+def _facts(work: epath.PathLike, number: int, chunks: int) -> tuple[np.ndarray, np.ndarray]:
     """Facts of all documents of a pass, and where each chunk's begin (and the last one's end)."""
     facts = [np.load(chunk_file(work, number, index, "facts.npy")) for index in range(chunks)]
     return np.concatenate(facts), np.cumsum([0, *(len(item) for item in facts)])
@@ -59,8 +63,8 @@ def decide(work: epath.PathLike, number: int, chunks: int, segment: Segment, eng
     (bool per document) and, for a remover, `cut.npy` (the parts to cut out) and `cuts.npy` (how many of
     each document).
     """
-    facts, borders = facts_of(work, number, chunks)
-    decision = Decision(np.ones(len(facts), bool))
+    facts, borders = _facts(work, number, chunks)
+    decision = Decision(facts, borders, np.ones(len(facts), bool))
     spill = epath.Path(work) / str(number) / "spill"
     if spill.exists():
         spill.rmtree()
@@ -73,7 +77,7 @@ def decide(work: epath.PathLike, number: int, chunks: int, segment: Segment, eng
             [(0, 1)] if isinstance(operator, ExactDuplicates) else [(row,) for row in range(operator.width)]
         )
         roots = np.arange(len(facts))
-        for pairs in engine.pairs(_Keys(pass_, chunks, bands, f"keys-{index}"), spill):
+        for pairs in engine.pairs(_Keys(pass_, chunks, bands, f"keys-{index}")):
             linked = np.flatnonzero(roots != np.arange(len(roots)))
             known = np.stack([linked, roots[linked]], axis=1)
             roots = dedup.components(len(roots), np.concatenate([pairs, known]))
@@ -91,7 +95,7 @@ def decide(work: epath.PathLike, number: int, chunks: int, segment: Segment, eng
         decision.rows.append(row)
     pass_.save("keep", decision.keep)
     if segment.remover is not None:
-        _decide_cuts(pass_, segment.remover, decision, facts, engine, spill)
+        _decide_cuts(pass_, segment.remover, decision, engine, spill)
     spill.rmtree()
     return decision
 
@@ -118,7 +122,7 @@ class _Pass:
     def save(self, kind: str, array: np.ndarray) -> None:
         """Writes an array with one element for each document."""
         for chunk in range(self.chunks):
-            put(self.file(kind, chunk), array[self.borders[chunk] : self.borders[chunk + 1]])
+            save_array(self.file(kind, chunk), array[self.borders[chunk] : self.borders[chunk + 1]])
 
     def numbers(self, chunk: int) -> np.ndarray:
         return np.arange(self.borders[chunk], self.borders[chunk + 1])
@@ -161,12 +165,6 @@ class _Parts:
         return entries[self.pass_.load("keep", index)[owner] & (keys != 0)]
 
 
-def put(path: epath.Path, array: np.ndarray) -> None:
-    """Writes an array to a file that appears whole or not at all."""
-    with atomic_open(path) as file:
-        np.save(file, array)
-
-
 def _first(groups: np.ndarray, prefer: np.ndarray) -> np.ndarray:
     """For each document the most preferred one of its group, among equals the first."""
     order = np.lexsort((np.arange(len(groups)), -prefer, groups))
@@ -191,7 +189,7 @@ def _describe(decision: Decision, operator: Deduplicator, chosen: np.ndarray, ke
 
 
 def _decide_cuts(
-    pass_: _Pass, remover: Remover, decision: Decision, facts: np.ndarray, engine: Engine, spill: epath.Path
+    pass_: _Pass, remover: Remover, decision: Decision, engine: Engine, spill: epath.Path
 ) -> None:
     """For a remover: all parts whose key another part, before it, has too."""
     began = time.perf_counter()
@@ -199,7 +197,7 @@ def _decide_cuts(
     if isinstance(remover, RepeatedSubstrings):
         found = [np.unique(entries["key"]) for entries, _ in engine.repeats(parts, spill)]
         path = spill / "repeated.npy"
-        put(path, np.sort(np.concatenate([np.empty(0, np.uint64), *found])))
+        save_array(path, np.sort(np.concatenate([np.empty(0, np.uint64), *found])))
         tasks = [(pass_, chunk, remover, os.fspath(path)) for chunk in range(pass_.chunks)]
         with console.progress("comparing passages", pass_.chunks) as progress:
             for _ in engine.each(_windows, tasks):
@@ -211,12 +209,14 @@ def _decide_cuts(
     for chunk in range(pass_.chunks):
         first, end = pass_.borders[chunk : chunk + 2]
         low, high = np.searchsorted(cut["document"], [first, end])
-        put(pass_.file("cut", chunk), cut["unit"][low:high])
-        put(pass_.file("cuts", chunk), np.bincount(cut["document"][low:high] - first, minlength=end - first))
+        save_array(pass_.file("cut", chunk), cut["unit"][low:high])
+        save_array(
+            pass_.file("cuts", chunk), np.bincount(cut["document"][low:high] - first, minlength=end - first)
+        )
     left = int(decision.keep.sum())
     row = Row(type(remover).__name__, left, left)
     row.changed = len(np.unique(cut["document"]))
-    row.characters = int(facts["characters"][decision.keep].sum())
+    row.characters = int(decision.facts["characters"][decision.keep].sum())
     row.seconds = time.perf_counter() - began
     decision.rows.append(row)
 
@@ -237,9 +237,9 @@ def _windows(task: tuple[_Pass, int, RepeatedSubstrings, str]) -> None:
             hashes.append(keys)
             places.append(positions)
             counts[row] = len(keys)
-    put(pass_.file("windows", chunk), np.concatenate(hashes))
-    put(pass_.file("window-places", chunk), np.concatenate(places))
-    put(pass_.file("window-numbers", chunk), counts)
+    save_array(pass_.file("windows", chunk), np.concatenate(hashes))
+    save_array(pass_.file("window-places", chunk), np.concatenate(places))
+    save_array(pass_.file("window-numbers", chunk), counts)
 
 
 def documents_at(

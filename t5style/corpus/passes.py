@@ -30,7 +30,7 @@ import numpy as np
 from etils import epath
 
 from t5style import console
-from t5style.corpus.document import Document, DocumentWriter, atomic_open, read_rows
+from t5style.corpus.document import Document, DocumentWriter, atomic_open, read_rows, save_array
 from t5style.corpus.engines import Engine
 from t5style.corpus.operators import Segment
 from t5style.corpus.sources import Part, Quarantined
@@ -168,8 +168,7 @@ class _Columns:
 
     def save(self, task: Task) -> None:
         def put(kind: str, values: np.ndarray) -> None:
-            with atomic_open(task.file(f"{kind}.npy")) as file:
-                np.save(file, values)
+            save_array(task.file(f"{kind}.npy"), values)
 
         columns = np.array(self._facts, np.int64).reshape(-1, len(FACTS.descr))
         facts = np.empty(len(columns), FACTS)

@@ -36,7 +36,7 @@ from etils import epath
 
 from t5style import console
 from t5style.corpus import account, deal, grouping, plan, tally
-from t5style.corpus.document import atomic_open, read_ids
+from t5style.corpus.document import read_ids, save_array
 from t5style.corpus.engines import Engine, Local
 from t5style.corpus.normalize import Normalize
 from t5style.corpus.operators import Deduplicator, ExactDuplicates, Remover, segments
@@ -172,8 +172,9 @@ class _Preparation:
         """All of it; the figures, and each stage's seconds."""
         parts = [part for source in self.job._sources() for part in source.parts()]
         old = self._old_plan()
-        plan.check_names(plan.new_files(parts, old) if old else parts, old)
-        fresh = plan.group(plan.new_files(parts, old) if old else parts)
+        new = plan.new_files(parts, old) if old else parts
+        plan.check_names(new, old)
+        fresh = plan.group(new)
         self._begin(old, fresh, parts)
         if (self.work / _FINISHED).exists():  # killed while everything was put into its place
             return self._publish()
@@ -197,8 +198,8 @@ class _Preparation:
             run_pass(tasks, sizes, self.engine, "reading" if not number else f"pass {number + 1}")
             self._count(number, chunks)
             decision = grouping.decide(self.work, number, chunks, segment, self.engine)
-            self._note(number, chunks, decision)
-        figures, card = self._deal(len(self.segments) - 1, chunks, decision.keep)
+            self._note(number, decision)
+        figures, card = self._deal(len(self.segments) - 1, chunks, decision)
         timings = {"stages": {f"{i} {row.name}": round(row.seconds, 3) for i, row in enumerate(self.rows)}}
         atomic_write(self.work / _FINISHED, json.dumps([figures, card, timings]))
         return self._publish()
@@ -293,16 +294,15 @@ class _Preparation:
                 remover.kept = opening.kept
         self.rows += rows
 
-    def _note(self, number: int, chunks: int, decision: grouping.Decision) -> None:
+    def _note(self, number: int, decision: grouping.Decision) -> None:
         """Keeps what the operators did, and examples of it."""
         if decision.rows:
             for row in decision.rows:
                 row.seconds += self.keys_row.seconds / len(decision.rows)
         self.rows += decision.rows
         deal.add_up(self.sizes, {str(size): n for size, n in decision.sizes.items()})
-        _, borders = grouping.facts_of(self.work, number, chunks)
         wanted = [index for _, _, members in decision.clusters for index in members]
-        documents = grouping.documents_at(self.work, number, borders, wanted)
+        documents = grouping.documents_at(self.work, number, decision.borders, wanted)
         shown: dict[str, int] = {}
         for operator, size, members in decision.clusters:
             found = [documents[index] for index in members]
@@ -313,10 +313,12 @@ class _Preparation:
                     drop = Drop(operator.reason, f"of {found[0].id}")
                     self.dropped.append(example(type(operator).__name__, copy, drop))
 
-    def _deal(self, number: int, chunks: int, keep: np.ndarray) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _deal(
+        self, number: int, chunks: int, decision: grouping.Decision
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Writes the splits, checks the counts, and describes it all; returns the figures and the card."""
         job, run, work = self.job, self.run, self.work
-        facts, borders = grouping.facts_of(work, number, chunks)
+        facts, borders, keep = decision.facts, decision.borders, decision.keep
         account.gather(run, work, len(self.segments), chunks, self.dropped)
         atomic_write(run.path / "clusters.jsonl", b"".join(self.clusters).decode())
         if not keep.any():
@@ -347,8 +349,7 @@ class _Preparation:
         ]
         if job.curriculum is not None and job.curriculum.by == "rarity":
             path = work / "frequencies.npy"
-            with atomic_open(path) as file:
-                np.save(file, deal.word_frequencies(shards, self.engine))
+            save_array(path, deal.word_frequencies(shards, self.engine))
             shards = [dataclasses.replace(shard, frequencies=os.fspath(path)) for shard in shards]
         records = deal.write(shards, self.engine, int(keep.sum()))
         with (run.path / "dropped.jsonl").open("ab") as file:
