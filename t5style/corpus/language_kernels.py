@@ -75,3 +75,35 @@ def naive_bayes(
     for j in range(total.size):
         result[language_of[j]] = max(result[language_of[j]], (total[j] - best) / root)
     return result, seen
+
+
+@numba.njit(cache=True, nogil=True)
+def pool(
+    logits: np.ndarray, seen: int, votes: np.ndarray, weight: float, unknown: float, sharpness: float
+) -> tuple[int, float]:
+    """Adds what another detector found.
+
+    Args:
+      logits: [languages] float32, as ``naive_bayes`` has them; changed in place.
+      seen: features seen.
+      votes: [n, 2] int64, languages (-1: one that is not among ours) and what per cent of the text each has.
+      weight: what a whole text adds to its language's logit.
+      unknown: how far below the best a language without a class begins.
+      sharpness: factor of the pooled logits.
+
+    Returns:
+      The likeliest language and its probability; (-1, 0.0) if neither detector saw anything.
+    """
+    for place, percent in votes:
+        if place >= 0:
+            if logits[place] == -np.inf:
+                logits[place] = -unknown
+            logits[place] += weight * percent / 100
+            seen += percent
+    if not seen:
+        return -1, 0.0
+    best = logits.argmax()
+    total = 0.0
+    for logit in logits:
+        total += np.exp(sharpness * (logit - logits[best]))
+    return int(best), 1 / total
