@@ -6,10 +6,11 @@ of lines and passages, of which there are many more, are sorted in pieces on dis
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -203,22 +204,60 @@ def _decide_cuts(
             for _ in engine.each(_windows, tasks):
                 progress.advance()
         parts = _Parts(pass_, pass_.chunks, "windows", "window-numbers", "window-places")
-    cuts = [entries[~first][_PLACE_FIELDS].astype(_PLACE) for entries, first in engine.repeats(parts, spill)]
-    # Sorted, and once each: Beam may do its work twice.
-    cut = np.unique(np.concatenate([np.empty(0, _PLACE), *cuts]))
-    for chunk in range(pass_.chunks):
-        first, end = pass_.borders[chunk : chunk + 2]
-        low, high = np.searchsorted(cut["document"], [first, end])
-        save_array(pass_.file("cut", chunk), cut["unit"][low:high])
-        save_array(
-            pass_.file("cuts", chunk), np.bincount(cut["document"][low:high] - first, minlength=end - first)
-        )
+    changed = 0
+    with _PlacesByChunk(spill / "cuts", pass_) as places:
+        for entries, first in engine.repeats(parts, spill):
+            places.add(entries[~first][_PLACE_FIELDS].astype(_PLACE))
+    for chunk, cut in places.chunks():
+        begin, end = pass_.borders[chunk : chunk + 2]
+        cuts = np.bincount(cut["document"] - begin, minlength=end - begin)
+        save_array(pass_.file("cut", chunk), cut["unit"])
+        save_array(pass_.file("cuts", chunk), cuts)
+        changed += int(np.count_nonzero(cuts))
     left = int(decision.keep.sum())
     row = Row(type(remover).__name__, left, left)
-    row.changed = len(np.unique(cut["document"]))
+    row.changed = changed
     row.characters = int(decision.facts["characters"][decision.keep].sum())
     row.seconds = time.perf_counter() - began
     decision.rows.append(row)
+
+
+class _PlacesByChunk:
+    """Places in any order, which come back chunk after chunk: held in files, one for each few chunks."""
+
+    _FILES = 200  # open at once
+
+    def __init__(self, folder: epath.Path, pass_: _Pass):
+        folder.mkdir()
+        self._pass = pass_
+        self._ranges = np.array_split(np.arange(pass_.chunks), min(pass_.chunks, self._FILES))
+        self._paths = [folder / f"{index:03d}" for index in range(len(self._ranges))]
+
+    def __enter__(self) -> _PlacesByChunk:
+        with contextlib.ExitStack() as stack:
+            self._files = [stack.enter_context(path.open("wb")) for path in self._paths]
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def add(self, places: np.ndarray) -> None:
+        places = places[np.argsort(places["document"], kind="stable")]
+        for chunks, file in zip(self._ranges, self._files, strict=True):
+            file.write(self._between(places, chunks[0], chunks[-1] + 1).tobytes())
+
+    def chunks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Each chunk and its places, sorted, each once: Beam may do its work twice."""
+        for chunks, path in zip(self._ranges, self._paths, strict=True):
+            places = np.unique(np.frombuffer(path.read_bytes(), _PLACE))
+            for chunk in chunks.tolist():
+                yield chunk, self._between(places, chunk, chunk + 1)
+
+    def _between(self, places: np.ndarray, first: int, end: int) -> np.ndarray:
+        borders = self._pass.borders
+        low, high = np.searchsorted(places["document"], [borders[first], borders[end]])
+        return places[low:high]
 
 
 def _windows(task: tuple[_Pass, int, RepeatedSubstrings, str]) -> None:

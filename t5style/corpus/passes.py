@@ -95,6 +95,7 @@ def run(tasks: Sequence[Task], sizes: Sequence[int], engine: Engine, label: str)
       UserError: bad input was met, and is to be refused.
     """
     waiting = [i for i, task in enumerate(tasks) if not task.file("json").exists()]
+    waiting.sort(key=lambda i: -sizes[i])  # so that no process is left alone with a large one at the end
     if len(waiting) < len(tasks):
         console.say(
             f"going on: {len(tasks) - len(waiting)} of {len(tasks)} chunks of files are done already "
