@@ -70,6 +70,9 @@ class Beam:
         finally:
             folder.rmtree()
 
+    def close(self) -> None:
+        """Holds nothing between its pipelines."""
+
     def pairs(self, keys: Keys) -> Iterator[np.ndarray]:
         """Pairs of documents that connect all those of the same keys."""
         yield from self._grouped(functools.partial(_keyed, keys=keys), _link, keys.chunks)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import dataclasses
 import multiprocessing
 import os
 import threading
@@ -57,6 +56,10 @@ class Engine(Protocol):
         """Does the work for all tasks; yields each one's index and result as it is done."""
         ...
 
+    def close(self) -> None:
+        """Lets go of what it holds from one work to the next."""
+        ...
+
     def pairs(self, keys: Keys) -> Iterator[np.ndarray]:
         """Pairs of documents, int64 [m, 2], that connect all documents of the same keys; band by band."""
         ...
@@ -68,44 +71,53 @@ class Engine(Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True)
 class Local:
-    """Processes of this machine.
+    """Processes of this machine. They stay until `close`, for a second passes before one is ready to work.
 
-    Attributes:
+    Args:
       workers: how many; 0 means one per core.
     """
 
-    workers: int = 0
+    def __init__(self, workers: int = 0):
+        if workers < 0:
+            raise UserError(f"workers must be 0 or more, not {workers}")
+        self.workers = workers
+        self._pool: concurrent.futures.ProcessPoolExecutor | None = None
 
-    def __post_init__(self) -> None:
-        if self.workers < 0:
-            raise UserError(f"workers must be 0 or more, not {self.workers}")
+    def close(self) -> None:
+        """Ends the processes; the next work starts new ones."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = None
 
     def each(self, work: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = min(self.workers or cores, len(tasks))
-        if workers <= 1:
+        workers = self.workers or cores
+        if min(workers, len(tasks)) <= 1:
             for index, task in enumerate(tasks):
                 yield index, work(task)
             return
-        # Spawned, not forked: the fork of a process with running threads, such as JAX's, can hang.
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(
-            workers, mp_context=context, initializer=_die_with, initargs=(os.getpid(),)
-        ) as pool:
-            futures = {pool.submit(work, task): index for index, task in enumerate(tasks)}
-            try:
-                for future in concurrent.futures.as_completed(futures):
-                    yield futures.pop(future), future.result()
-            except concurrent.futures.process.BrokenProcessPool as error:
-                raise RuntimeError(
-                    f"one of {workers} worker processes died, perhaps for want of memory: run again with "
-                    "fewer workers; it goes on from the finished chunks"
-                ) from error
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        if self._pool is None:
+            # Spawned, not forked: the fork of a process with running threads, such as JAX's, can hang.
+            self._pool = concurrent.futures.ProcessPoolExecutor(
+                workers,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_die_with,
+                initargs=(os.getpid(),),
+            )
+        try:
+            futures = {self._pool.submit(work, task): index for index, task in enumerate(tasks)}
+            for future in concurrent.futures.as_completed(futures):
+                yield futures.pop(future), future.result()
+        except concurrent.futures.process.BrokenProcessPool as error:
+            self.close()
+            raise RuntimeError(
+                f"one of {workers} worker processes died, perhaps for want of memory: run again with "
+                "fewer workers; it goes on from the finished chunks"
+            ) from error
+        except BaseException:
+            self.close()
+            raise
 
     def pairs(self, keys: Keys) -> Iterator[np.ndarray]:
         for band in keys.bands:

@@ -23,6 +23,7 @@ once more for each remover.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -125,7 +126,8 @@ class Prepare:
         began = time.monotonic()
         work = run.path / ".work"
         try:
-            figures, timings = _Preparation(self, run, work).perform()
+            with contextlib.closing(self.engine or Local(self.workers)) as engine:
+                figures, timings = _Preparation(self, run, work, engine).perform()
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
@@ -158,9 +160,8 @@ def stage_inputs(stages: Sequence[Any]) -> list[str]:
 class _Preparation:
     """One run of Prepare, step by step."""
 
-    def __init__(self, job: Prepare, run: RunDir, work: epath.Path):
-        self.job, self.run, self.work = job, run, work
-        self.engine: Engine = job.engine or Local(job.workers)
+    def __init__(self, job: Prepare, run: RunDir, work: epath.Path, engine: Engine):
+        self.job, self.run, self.work, self.engine = job, run, work, engine
         self.segments = segments(job.stages)
         self.rows: list[tally.Row] = []
         self.measured = tally.Measured()

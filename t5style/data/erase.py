@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -67,7 +68,8 @@ class Erase:
         unfinished = erase.pending(corpus)
         wanted = dataclasses.replace(requests, ids=requests.ids - set(map(erase.base_id, unfinished)))
         stores = [TokenStore.open(store) for store in self.stores]
-        found = erase.find(corpus, wanted, self.similarity, Local(self.workers))
+        with contextlib.closing(Local(self.workers)) as engine:
+            found = erase.find(corpus, wanted, self.similarity, engine)
         written = frozenset(document.id for document in found) | unfinished | wanted.ids
         ids = frozenset(map(erase.base_id, written))
         if not ids:
