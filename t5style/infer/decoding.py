@@ -1,8 +1,28 @@
-"""Autoregressive decoding with a key-value cache: one compiled program from the prompt to the last token.
+"""Autoregressive decoding with a key-value cache: the engine behind Model.generate, stream, and their kin.
 
-Prompts, answers and batches are padded to buckets (powers of two), so a program is compiled for each bucket
-and not for each length. The number of new tokens, sampling settings, seeds and end tokens are arguments of
-the program.
+How it is built, for those who add to it:
+
+- `Settings` (settings.py) is what one request may ask for; `sampling.py` turns the settings of a batch into
+  arrays, and logits into the next token on the device.
+- `Engine` holds what decoding needs of a model. `engine.prefill(prompts, room)` reads prompts (in chunks of
+  CHUNK tokens) and returns a `Prefilled`: the cache, with room for `room` more tokens, and the logits f32
+  [rows, vocab] of what comes first; rows are padded to `Prefilled.batch`. `engine.forward(tokens, cache)`
+  feeds int32 [rows, count] and returns logits f32 [rows, count, vocab] and the cache (donated: the one given
+  is gone). Beam search and speculative decoding are loops of their own on these, or compile
+  `forward(config, variables, tokens, cache)` into one.
+- The cache is opaque. `take_rows(cache, rows)` repeats or reorders its rows (every array in it has the rows
+  first, scalars are shared), `rewind(cache, count)` forgets its last `count` tokens in every row.
+- `Batch(engine, prompts, settings)` is a batch being decoded. `advance(steps)` runs up to so many steps in
+  one compiled while-loop and brings the new tokens to `batch.answers`, one `Answer` for each row; n answers
+  to one prompt are n rows, for which it was read once. The host may end an answer (`answer.stop()`) between
+  two calls: stop strings are found so, in text.py. Programs, buffers and the cache are the same whether
+  one call runs all steps or each runs a few: streaming costs a call for some steps, no more.
+- Constrained rows: `Settings.constraint()` is called once for each answer and makes its `allowed(tokens)`,
+  which gets the tokens of the answer so far and returns bool [vocab], what may come next (settings.py). A
+  batch with such a row takes one step per call; other rows of it are free.
+
+Prompts, answers and batches are padded to buckets, and everything a request asks for is an argument of the
+program, so that a program is compiled for each bucket and not for each length, number or seed.
 """
 
 from __future__ import annotations
