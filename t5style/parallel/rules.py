@@ -43,6 +43,7 @@ PARAMETER_RULES: dict[str, MeshAxes] = {
     "layers": None,
     "relpos_buckets": None,
     "expert": "expert",
+    "one": None,  # a dimension of size 1
 }
 ACTIVATION_RULES: dict[str, MeshAxes] = {
     "batch": BATCH_AXES,
