@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from t5style.models import convert
+from t5style.models import safetensors_files
 from t5style.models.convert import load_huggingface, save_huggingface
 from t5style.run_dir import UserError
 from tests.models.make_golden import GOLDEN, MODELS, inputs, make_model, run_model
@@ -107,7 +107,7 @@ def test_what_we_save_we_load_bit_for_bit_and_their_names_are_kept(kind, tmp_pat
 def test_shards_are_written_and_read(tmp_path, monkeypatch):
     theirs, weights, *_ = golden("t5_1_1")
     config, params = load_huggingface(write(tmp_path / "m", theirs, weights))
-    monkeypatch.setattr(convert, "_SHARD_BYTES", 10_000)
+    monkeypatch.setattr(safetensors_files, "SHARD_BYTES", 10_000)
     save_huggingface(tmp_path / "shards", config, params)
     files = sorted(path.name for path in (tmp_path / "shards").glob("*.safetensors"))
     assert len(files) > 3
