@@ -1,8 +1,8 @@
 """The key-value cache: an explicit tree of arrays that Transformer.decode takes and returns.
 
-layers: a tuple with one dict per decoder layer: key, value `[batch, kv_heads, slots, head_dim]`, and for an
-  encoder-decoder cross_key, cross_value `[batch, kv_heads, encoder length, head_dim]`. Each head's keys lie
-  together (1.4 to 1.9 times faster on a CPU than with the slots before the heads), and layers are apart, so
+layers: a tuple with one dict per decoder layer (nn/cache.py): key, value `[batch, kv_heads, slots, head_dim]`,
+  or of latent attention latent `[batch, 1, slots, rank]` and rope_key `[batch, 1, slots, rope_dim]`; and for
+  an encoder-decoder cross_key, cross_value `[batch, kv_heads, encoder length, head_dim]`. Layers are apart, so
   that a step writes one token into each in place instead of copying a stack of all.
 valid: bool `[batch, slots]`, slots that hold a real token.
 positions: int32 `[batch, slots]`, the position of each slot's token in its row.
@@ -16,7 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from t5style.models.config import TransformerConfig
+from t5style.models.attention_layers import attention_layer
+from t5style.models.config import LayerKind, TransformerConfig
 from t5style.models.transformer import Cache, Transformer
 
 
@@ -28,7 +29,8 @@ def init_cache(
     params: Any = None,
     encoded: jax.Array | None = None,
     encoder_segment_ids: jax.Array | None = None,
-    dtype: Any = None,
+    dtype: str | None = None,
+    chunk: int | None = None,
 ) -> Cache:
     """An empty cache; for an encoder-decoder, with the cross-attention's keys and values of `encoded` in it.
 
@@ -39,18 +41,28 @@ def init_cache(
       params: the model's parameters (encoder-decoder only).
       encoded: Transformer.encode's output `[batch, encoder length, embed]` (encoder-decoder only).
       encoder_segment_ids: int32 `[batch, encoder length]`, 0 for padding; None: all real.
-      dtype: of keys and values; config.dtype by default.
+      dtype: of keys and values; config.dtype by default. 'int8' keeps a scale for each token and head.
+      chunk: the most tokens that decode gets at once. If given, layers with a window keep no more slots than
+        they need (window + chunk - 1), which is right if padding stands only on the left of a row.
 
     Raises:
       ValueError: params or encoded missing for an encoder-decoder, or a size that does not fit.
     """
-    dtype = jnp.dtype(dtype or config.dtype)
+    dtype = str(jnp.dtype(dtype or config.dtype))
     if batch < 1 or max_length < 1:
         raise ValueError(f"a cache of {batch} rows and {max_length} slots: both must be at least 1")
-    shape = (batch, config.kv_heads, max_length, config.heads_width)
+    if not config.decoder_layers:
+        raise ValueError("this model is encoder-only (decoder_layers = 0): it has no decoder to cache for")
+
+    def slots(kind: LayerKind) -> int:
+        # A relative bias is computed for all slots.
+        if chunk is None or kind.attention != "window" or config.positions == "relative_bias":
+            return max_length
+        return min(max_length, (config.window or 0) + chunk - 1)
+
     layers = tuple(
-        {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}
-        for _ in range(config.decoder_layers)
+        attention_layer(config, None).new_cache(batch, slots(kind), dtype)
+        for kind in config.layers_of("decoder")
     )
     cache: Cache = {
         "layers": layers,

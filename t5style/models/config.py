@@ -3,20 +3,60 @@
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-ACTIVATIONS = ("relu", "gelu", "gelu_exact", "silu", "linear")
-POSITIONS = ("relative_bias", "rope")
+from t5style.nn.settings import MoE, RopeScaling
+
+ACTIVATIONS = ("relu", "gelu", "gelu_exact", "silu", "silu_1702", "linear", "linear_plus_one")
+POSITIONS = ("relative_bias", "rope", "learned", "none")
 ATTENTIONS = ("auto", "reference", "cpu", "dot_product")
 REMATS = ("none", "full", "dots", "qkv")
 DTYPES = ("bfloat16", "float16", "float32")
 PRECISIONS = ("default", "high", "highest")
 INITS = ("t5", "normal")
+NORMS = ("rms", "layer")
+NORM_PLACEMENTS = ("pre", "post", "both", "output")
+LAYER_KINDS = ("full", "window", "full_nope")
+QUERY_KEY_NORMS = (None, "head", "width")
+
+
+class LayerKind(NamedTuple):
+    """What a layer is: its self-attention ('full', 'window' or 'full_nope'), and whether it has experts."""
+
+    attention: str
+    experts: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentAttention:
+    """Multi-head latent attention (DeepSeek-V2, section 2.1): keys and values are made from one short vector
+    per token, which is what a cache keeps, with one rotary key shared by all heads.
+
+    Attributes:
+      key_value_rank: width of that vector.
+      nope_dim, rope_dim: widths of a head's query and key without and with rotary embedding.
+      value_dim: width of a head's value.
+      query_rank: width of the vector that queries are made from; None makes them from the hidden state.
+    """
+
+    key_value_rank: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+    query_rank: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("key_value_rank", "nope_dim", "rope_dim", "value_dim"):
+            _whole(f"LatentAttention.{name}", getattr(self, name), 1)
+        if self.query_rank is not None:
+            _whole("LatentAttention.query_rank", self.query_rank, 1)
+        if self.rope_dim % 2:
+            raise ValueError(f"LatentAttention.rope_dim = {self.rope_dim} must be even: pairs are rotated")
 
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """A Transformer, encoder-decoder (encoder_layers > 0) or decoder-only (encoder_layers = 0).
+    """A Transformer: encoder-decoder, decoder-only (encoder_layers = 0) or encoder-only (decoder_layers = 0).
 
     Attributes:
       vocab_size: rows of the embedding, extra ids and padding rows included (T5: 32128).
@@ -27,15 +67,46 @@ class TransformerConfig:
       encoder_layers, decoder_layers: numbers of layers.
       activations: one name for a plain MLP (('relu',): T5 1.0), two for a gated one, whose hidden layer is
         the product (('gelu', 'linear'): T5 1.1; ('silu', 'linear'): LLaMA; Shazeer 2020). 'gelu' is the tanh
-        approximation, which T5 1.1 was trained with; 'gelu_exact' uses erf.
-      positions: 'relative_bias' (T5: one bucketed bias table per stack, shared by its layers) or 'rope'
-        (Su et al. 2021, rotate-half order of the LLaMA checkpoints).
+        approximation, which T5 1.1 was trained with; 'gelu_exact' uses erf. nn/activations.py has them all.
+      mlp_clamp: bound on what enters a gated MLP's product (GPT-OSS): the gate from above, the other from
+        both sides.
+      moe: experts in place of the MLP (nn/moe.py), in the layers that moe_layers (decoder) and
+        moe_encoder_layers number from 0; None: in all of them.
+      positions: 'relative_bias' (T5: one bucketed bias table per stack), 'rope' (Su et al. 2021, rotate-half
+        order of the LLaMA checkpoints), 'learned' (a table of context_length rows, added to the embeddings:
+        GPT-2, BERT) or 'none'.
       relative_buckets, relative_max_distance, rope_theta: their settings.
-      norm_eps: epsilon of RMSNorm.
+      relative_bias_per_layer: every layer has a bias table of its own (UMT5).
+      rope_fraction: the part of head_dim, from its beginning, that is rotated (GPT-NeoX: 0.25).
+      rope_scaling: how rotary embeddings are stretched to longer contexts (nn/positions.py).
+      layer_pattern: what the self-attention of each layer sees, repeated over the layers: 'full'; 'window',
+        the last `window` tokens only (Mistral; Gemma 2: ('window', 'full')); 'full_nope', all of them without
+        rotary embedding (SmolLM 3).
+      window: how many tokens, itself included, a token of a 'window' layer sees.
+      rope_local_theta: rope_theta of 'window' layers, which then are not scaled (Gemma 3); None: as others.
+      norm: 'rms' or 'layer' (LayerNorm).
+      norm_eps: its epsilon.
+      norm_bias: LayerNorm has a bias.
+      norm_plus_one: the factor is 1 + the parameter (Gemma).
+      norm_placement: of a sub-layer f: 'pre' x + f(norm(x)); 'post' norm(x + f(x)) (BERT); 'both'
+        x + norm(f(norm(x))) (Gemma 2, 3); 'output' x + norm(f(x)) (OLMo 2).
+      parallel_layers: x + attention(norm(x)) + mlp(norm(x)), with a norm for each (GPT-NeoX).
+      final_norm: normalise the output of each stack.
+      embedding_norm: normalise the embeddings (BERT).
+      token_types: rows of a second embedding, of which kind a token is (BERT: 2); 0 for none.
+      scale_embeddings: multiply embeddings by d_model**0.5 (Gemma).
+      attention_bias, attention_output_bias, mlp_bias, head_bias: biases of the query, key and value
+        projections, of attention's output, of the MLP's projections, of the head.
+      query_key_norm: normalise queries and keys, over each 'head' (Qwen 3, Gemma 3) or over the whole 'width'
+        (OLMo 2).
+      attention_softcap, logits_softcap: c · tanh(x / c) of attention scores and of logits (Gemma 2).
+      attention_sinks: one learned logit for each head in the softmax's denominator (GPT-OSS).
+      latent: multi-head latent attention (DeepSeek).
       tie_embeddings: the output head is the embedding's transpose.
       scale_logits: multiply the last hidden states by d_model**-0.5 before the head (T5 1.0, which ties).
       scale_attention: multiply attention scores by head_dim**-0.5 (T5 does not; its initialisation absorbs
         it).
+      attention_scale: another factor instead.
       dropout: rate, applied where T5 applies it: embeddings, attention weights, MLP hidden layer, the output
         of every sub-layer and of every stack.
       attention: which implementation (nn/attention.py); 'auto' chooses by platform.
@@ -57,7 +128,7 @@ class TransformerConfig:
     d_model: int
     d_ff: int
     num_heads: int
-    decoder_layers: int
+    decoder_layers: int = 0
     encoder_layers: int = 0
     num_kv_heads: int | None = None
     head_dim: int | None = None
@@ -80,16 +151,52 @@ class TransformerConfig:
     init: str = "t5"
     init_scale: float = 1.0
     context_length: int | None = None
+    mlp_clamp: float | None = None
+    moe: MoE | None = None
+    moe_layers: Sequence[int] | None = None
+    moe_encoder_layers: Sequence[int] | None = None
+    relative_bias_per_layer: bool = False
+    rope_fraction: float = 1.0
+    rope_scaling: RopeScaling | None = None
+    layer_pattern: Sequence[str] = ("full",)
+    window: int | None = None
+    rope_local_theta: float | None = None
+    norm: str = "rms"
+    norm_bias: bool = False
+    norm_plus_one: bool = False
+    norm_placement: str = "pre"
+    parallel_layers: bool = False
+    final_norm: bool = True
+    embedding_norm: bool = False
+    token_types: int = 0
+    scale_embeddings: bool = False
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    head_bias: bool = False
+    query_key_norm: str | None = None
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logits_softcap: float | None = None
+    attention_sinks: bool = False
+    latent: LatentAttention | None = None
 
     def __post_init__(self) -> None:
-        activations = (self.activations,) if isinstance(self.activations, str) else tuple(self.activations)
-        object.__setattr__(self, "activations", activations)  # a tuple, so that the config can be hashed
-        for name in ("vocab_size", "d_model", "d_ff", "num_heads", "decoder_layers"):
+        for name in ("activations", "layer_pattern", "moe_layers", "moe_encoder_layers"):
+            value = getattr(self, name)  # tuples, so that the config can be hashed
+            if value is not None:
+                object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        activations = self.activations
+        for name in ("vocab_size", "d_model", "d_ff", "num_heads"):
             _whole(name, getattr(self, name), 1)
-        for name in ("num_kv_heads", "head_dim", "context_length"):
+        for name in ("num_kv_heads", "head_dim", "context_length", "window"):
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), 1)
         _whole("encoder_layers", self.encoder_layers, 0, "0 makes a decoder-only model")
+        _whole("decoder_layers", self.decoder_layers, 0, "0 makes an encoder-only model")
+        _whole("token_types", self.token_types, 0)
+        if not self.encoder_layers and not self.decoder_layers:
+            raise ValueError("encoder_layers and decoder_layers are both 0: a model needs layers")
         if self.head_dim is None and self.d_model % self.num_heads:
             raise ValueError(
                 f"d_model = {self.d_model} is not a multiple of num_heads = {self.num_heads}: "
@@ -112,16 +219,27 @@ class TransformerConfig:
             ("param_dtype", DTYPES),
             ("precision", PRECISIONS),
             ("init", INITS),
+            ("norm", NORMS),
+            ("norm_placement", NORM_PLACEMENTS),
+            ("query_key_norm", QUERY_KEY_NORMS),
         ):
             _choice(field, getattr(self, field), choices)
+        self._check_layers()
         if self.positions == "rope":
-            if self.heads_width % 2:
+            if not 0 < self.rope_fraction <= 1:
+                raise ValueError(f"rope_fraction = {self.rope_fraction} must be above 0 and at most 1")
+            if self.rotated_width % 2:
+                part = "" if self.rope_fraction == 1 else f" (rope_fraction leaves {self.rotated_width})"
                 raise ValueError(
-                    f"head_dim = {self.heads_width} must be even for positions = 'rope', which rotates pairs"
+                    f"head_dim = {self.heads_width}{part} must be even for positions = 'rope', which rotates "
+                    "pairs"
                 )
-            if not self.rope_theta > 1:
-                raise ValueError(f"rope_theta = {self.rope_theta} must be greater than 1")
-        else:
+            for name in ("rope_theta", "rope_local_theta"):
+                if getattr(self, name) is not None and not getattr(self, name) > 1:
+                    raise ValueError(f"{name} = {getattr(self, name)} must be greater than 1")
+        elif self.positions == "learned" and self.context_length is None:
+            raise ValueError("positions = 'learned' needs context_length, the rows of its table")
+        elif self.positions == "relative_bias":
             # Half of the buckets are exact distances, a quarter of them per direction in an encoder.
             if self.relative_buckets < 4 or self.relative_buckets % 4:
                 raise ValueError(
@@ -134,8 +252,15 @@ class TransformerConfig:
                 )
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout = {self.dropout} must be at least 0 and less than 1")
-        for name in ("norm_eps", "init_scale"):
-            if not getattr(self, name) > 0:
+        for name in (
+            "norm_eps",
+            "init_scale",
+            "mlp_clamp",
+            "attention_scale",
+            "attention_softcap",
+            "logits_softcap",
+        ):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} = {getattr(self, name)} must be positive")
         if self.dropout and self.attention == "dot_product":
             raise ValueError(
@@ -143,10 +268,92 @@ class TransformerConfig:
                 "use 'auto', or dropout 0"
             )
 
+    def _check_layers(self) -> None:
+        """What the layers differ in."""
+        if not self.layer_pattern:
+            raise ValueError("layer_pattern is empty: name at least one of " + ", ".join(LAYER_KINDS))
+        for kind in self.layer_pattern:
+            _choice("layer_pattern", kind, LAYER_KINDS)
+        if ("window" in self.layer_pattern) != (self.window is not None):
+            raise ValueError(
+                f"window = {self.window} and layer_pattern = {self.layer_pattern} contradict each other: "
+                "layers of kind 'window' need a window, and others have none"
+            )
+        if "full_nope" in self.layer_pattern and self.positions != "rope":
+            raise ValueError(
+                "layer_pattern 'full_nope' leaves out rotary embeddings: positions must be 'rope'"
+            )
+        for name, layers in (
+            ("moe_layers", self.decoder_layers),
+            ("moe_encoder_layers", self.encoder_layers),
+        ):
+            numbers = getattr(self, name)
+            if numbers is None:
+                continue
+            if self.moe is None:
+                raise ValueError(f"{name} = {numbers} needs moe, the experts' settings")
+            if list(numbers) != sorted(set(numbers)) or any(not 0 <= n < layers for n in numbers):
+                raise ValueError(f"{name} = {numbers} must be ascending numbers from 0 to {layers - 1}")
+        if self.norm_bias and self.norm != "layer":
+            raise ValueError("norm_bias = True needs norm = 'layer': RMSNorm has no bias")
+        if self.parallel_layers and (self.norm_placement != "pre" or self.encoder_layers):
+            raise ValueError(
+                f"parallel_layers = True is for decoder-only models with norm_placement = 'pre', not "
+                f"{self.norm_placement!r}"
+            )
+        if self.latent is not None:
+            unlike = {
+                "num_kv_heads": self.kv_heads == self.num_heads,
+                "query_key_norm": self.query_key_norm is None,
+                "attention_bias": not self.attention_bias,
+                "attention_output_bias": not self.attention_output_bias,
+                "positions": self.positions == "rope",
+                "rope_fraction": self.rope_fraction == 1,
+                "encoder_layers": not self.encoder_layers,
+            }
+            if wrong := [name for name, fine in unlike.items() if not fine]:
+                raise ValueError(
+                    f"{wrong[0]} = {getattr(self, wrong[0])!r} does not go with latent attention, which "
+                    "has rotary positions, a key for every head, no biases, and no encoder"
+                )
+
     @property
     def architecture(self) -> str:
-        """'encoder_decoder' or 'decoder_only'."""
+        """'encoder_decoder', 'decoder_only' or 'encoder_only'."""
+        if not self.decoder_layers:
+            return "encoder_only"
         return "encoder_decoder" if self.encoder_layers else "decoder_only"
+
+    def layers_of(self, side: str) -> tuple["LayerKind", ...]:
+        """What each layer of the 'encoder' or the 'decoder' is."""
+        count, experts = (
+            (self.encoder_layers, self.moe_encoder_layers)
+            if side == "encoder"
+            else (self.decoder_layers, self.moe_layers)
+        )
+        kinds = []
+        for index in range(count):
+            kind = self.layer_pattern[index % len(self.layer_pattern)]
+            moe = self.moe is not None and (experts is None or index in experts)
+            kinds.append(LayerKind(kind, moe))
+        return tuple(kinds)
+
+    @property
+    def rotated_width(self) -> int:
+        """How many dimensions of a head are rotated."""
+        if self.latent is not None:
+            return self.latent.rope_dim
+        return int(self.heads_width * self.rope_fraction)
+
+    @property
+    def query_scale(self) -> float:
+        """The factor on attention scores."""
+        if self.attention_scale is not None:
+            return self.attention_scale
+        if not self.scale_attention:
+            return 1.0
+        width = self.heads_width if self.latent is None else self.latent.nope_dim + self.latent.rope_dim
+        return float(width**-0.5)
 
     @property
     def kv_heads(self) -> int:
@@ -169,8 +376,7 @@ class TransformerConfig:
 
     def to_json(self) -> str:
         """The config as JSON text, what a run folder keeps as model.json."""
-        fields = dataclasses.asdict(self) | {"activations": list(self.activations)}
-        return json.dumps(fields, indent=2) + "\n"
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes | Mapping[str, Any]) -> "TransformerConfig":
@@ -200,6 +406,12 @@ class TransformerConfig:
         required = [name for name, field in known.items() if field.default is dataclasses.MISSING]
         if missing := [name for name in required if name not in fields]:
             raise ValueError(f"the model config lacks {', '.join(missing)}")
+        for name, kind in (("moe", MoE), ("rope_scaling", RopeScaling), ("latent", LatentAttention)):
+            if isinstance(fields.get(name), Mapping):
+                try:
+                    fields[name] = kind(**fields[name])
+                except TypeError as error:
+                    raise ValueError(f"the model config's {name}: {error}") from error
         return cls(**fields)
 
 

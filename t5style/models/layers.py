@@ -1,8 +1,9 @@
-"""One layer: self-attention, cross-attention where there is an encoder, MLP; each normalised first and added.
+"""One layer: self-attention, cross-attention where there is an encoder, and an MLP or experts.
 
 All families share these modules; what differs is a field of TransformerConfig.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,146 +11,42 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from t5style.models.config import TransformerConfig
-from t5style.nn.attention import Dropout, attention, cached_attention
-from t5style.nn.initializers import initializer
-from t5style.nn.norm import RMSNorm
-from t5style.nn.parameter import Init
-from t5style.nn.positions import rotate
-from t5style.nn.projection import Projection
+from t5style.models.attention_layers import (
+    Angles,
+    Attention,
+    attention_layer,
+    init_of,
+    norm,
+    projection,
+)
+from t5style.models.config import LayerKind, TransformerConfig
+from t5style.nn import activations
+from t5style.nn.cache import LayerCache
+from t5style.nn.moe import MoeMlp
+from t5style.nn.positions import RelativeBias
 from t5style.parallel.rules import constrain
-
-Angles = tuple[jax.Array, jax.Array]
-LayerCache = dict[str, jax.Array]
-
-_FUNCTIONS = {
-    "relu": jax.nn.relu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu_exact": lambda x: jax.nn.gelu(x, approximate=False),
-    "silu": jax.nn.silu,
-    "linear": lambda x: x,
-}
-
-
-def init_of(config: TransformerConfig, part: str) -> Init:
-    """The initializer of a part of the model (nn/initializers.py names the parts)."""
-    return initializer(
-        config.init,
-        config.init_scale,
-        part,
-        d_model=config.d_model,
-        d_ff=config.d_ff,
-        heads=config.num_heads,
-        head_dim=config.heads_width,
-    )
-
-
-def _projection(
-    config: TransformerConfig,
-    part: str,
-    inner: tuple[int, ...],
-    outer: tuple[int, ...],
-    names: tuple[str, ...],
-) -> Projection:
-    return Projection(
-        inner, outer, names, init_of(config, part), param_dtype=config.param_dtype, precision=config.precision
-    )
-
-
-class Attention(nn.Module):
-    """Multi-head attention; kernels `[embed, heads, head_dim]`, the output's `[heads, head_dim, embed]`."""
-
-    config: TransformerConfig
-
-    def setup(self) -> None:
-        c = self.config
-        query, keys, width = (c.num_heads, c.heads_width), (c.kv_heads, c.heads_width), (c.d_model,)
-        self.query = _projection(c, "query", width, query, ("embed", "heads", "head_dim"))
-        self.key = _projection(c, "key", width, keys, ("embed", "kv_heads", "head_dim"))
-        self.value = _projection(c, "value", width, keys, ("embed", "kv_heads", "head_dim"))
-        self.output = _projection(c, "attention_output", query, width, ("heads", "head_dim", "embed"))
-
-    @property
-    def _scale(self) -> float:
-        return self.config.heads_width**-0.5 if self.config.scale_attention else 1.0
-
-    def queries(self, x: jax.Array, angles: Angles | None) -> jax.Array:
-        """`[batch, length, embed] -> [batch, length, heads, head_dim]`."""
-        query = self.query(x)
-        query = rotate(query, angles) if angles is not None else query
-        return checkpoint_name(constrain(query, ("batch", "length", "heads", "head_dim")), "query")
-
-    def keys_values(self, source: jax.Array, angles: Angles | None) -> tuple[jax.Array, jax.Array]:
-        """`[batch, keys, embed] ->` two of `[batch, keys, kv_heads, head_dim]`."""
-        key, value = self.key(source), self.value(source)
-        key = rotate(key, angles) if angles is not None else key
-        names = ("batch", "length", "kv_heads", "head_dim")
-        return checkpoint_name(constrain(key, names), "key"), checkpoint_name(
-            constrain(value, names), "value"
-        )
-
-    def __call__(
-        self,
-        x: jax.Array,
-        source: jax.Array,
-        *,
-        angles: Angles | None,
-        bias: jax.Array | None,
-        segments: jax.Array | None,
-        source_segments: jax.Array | None,
-        causal: bool,
-        deterministic: bool,
-    ) -> jax.Array:
-        """x `[batch, queries, embed]` attends to source `[batch, keys, embed]`; `[batch, queries, embed]`."""
-        c = self.config
-        query = self.queries(x, angles)
-        key, value = self.keys_values(source, angles)
-        dropout = None if deterministic or not c.dropout else Dropout(c.dropout, self.make_rng("dropout"))
-        context = attention(
-            query,
-            key,
-            value,
-            bias=bias,
-            query_segments=segments,
-            key_segments=source_segments,
-            causal=causal,
-            scale=self._scale,
-            dropout=dropout,
-            implementation=c.attention,
-            precision=c.precision,
-        )
-        return self.output(checkpoint_name(context, "attention_context"))
-
-    def cached(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array, bias: jax.Array | None
-    ) -> jax.Array:
-        """Attention to the cache `[batch, kv_heads, slots, head_dim]`; `[batch, queries, embed]`."""
-        context = cached_attention(
-            query, key, value, visible, bias=bias, scale=self._scale, precision=self.config.precision
-        )
-        return self.output(context)
 
 
 class Mlp(nn.Module):
     """f(x · inputs_0) · output, or (f(x · inputs_0) ∘ g(x · inputs_1)) · output (Shazeer 2020)."""
 
     config: TransformerConfig
+    d_ff: int
 
     def setup(self) -> None:
-        c = self.config
+        c, d_ff = self.config, self.d_ff
         self.inputs = [
-            _projection(c, "mlp_input", (c.d_model,), (c.d_ff,), ("embed", "mlp")) for _ in c.activations
+            projection(c, "mlp_input", (c.d_model,), (d_ff,), ("embed", "mlp"), c.mlp_bias)
+            for _ in c.activations
         ]
-        self.output = _projection(c, "mlp_output", (c.d_ff,), (c.d_model,), ("mlp", "embed"))
+        self.output = projection(c, "mlp_output", (d_ff,), (c.d_model,), ("mlp", "embed"), c.mlp_bias)
         self.dropout = nn.Dropout(c.dropout)
 
     def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
         """`[batch, length, embed] -> [batch, length, embed]`."""
-        factors = [
-            _FUNCTIONS[name](checkpoint_name(projection(x), "mlp_hidden"))
-            for projection, name in zip(self.inputs, self.config.activations, strict=True)
-        ]
-        hidden = factors[0] * factors[1] if self.config.gated else factors[0]
+        c = self.config
+        inputs = [checkpoint_name(project(x), "mlp_hidden") for project in self.inputs]
+        hidden = activations.hidden(inputs, c.activations, c.mlp_clamp)
         hidden = constrain(hidden, ("batch", "length", "mlp"))
         return self.output(self.dropout(hidden, deterministic=deterministic))
 
@@ -158,49 +55,100 @@ class Layer(nn.Module):
     """A layer of an encoder (causal False), of a decoder-only model (causal), or of a decoder (and cross)."""
 
     config: TransformerConfig
+    kind: LayerKind
     causal: bool
     cross: bool
 
     def setup(self) -> None:
         c = self.config
-        self.attention_norm = RMSNorm(c.norm_eps, c.param_dtype)
-        self.attention = Attention(c)
+        self.attention = attention_layer(c, c.window if self.kind.attention == "window" else None)
+        sublayers = ["attention", "mlp"]
         if self.cross:
-            self.cross_attention_norm = RMSNorm(c.norm_eps, c.param_dtype)
             self.cross_attention = Attention(c)
-        self.mlp_norm = RMSNorm(c.norm_eps, c.param_dtype)
-        self.mlp = Mlp(c)
+            sublayers.append("cross_attention")
+        for name in sublayers:
+            if c.norm_placement in ("pre", "both"):
+                setattr(self, f"{name}_norm", norm(c))
+            if c.norm_placement != "pre":
+                setattr(self, f"{name}_output_norm", norm(c))
+        self.mlp = self._experts() if self.kind.experts else Mlp(c, c.d_ff)
         self.dropout = nn.Dropout(c.dropout)
+        if c.relative_bias_per_layer and c.positions == "relative_bias":
+            self.relative_bias = relative_bias(c, self.causal)
+
+    def _experts(self) -> MoeMlp:
+        c = self.config
+        assert c.moe is not None
+        return MoeMlp(
+            c.moe,
+            c.d_model,
+            c.activations,
+            router_init=init_of(c, "router"),
+            input_init=init_of(c, "mlp_input"),
+            output_init=init_of(c, "mlp_output"),
+            clamp=c.mlp_clamp,
+            dropout=c.dropout,
+            param_dtype=c.param_dtype,
+            precision=c.precision,
+            shared=Mlp(c, c.moe.shared_d_ff, parent=None) if c.moe.shared_d_ff else None,
+        )
+
+    def _angles(self, angles: Mapping[str, Angles] | None) -> Angles | None:
+        return None if angles is None else angles.get(self.kind.attention)
+
+    def _sublayer(
+        self, name: str, x: jax.Array, function: Callable[[jax.Array], jax.Array], deterministic: bool = True
+    ) -> jax.Array:
+        """x with what the sub-layer makes of it added, normalised where the model does."""
+        placement = self.config.norm_placement
+        y = getattr(self, f"{name}_norm")(x) if placement in ("pre", "both") else x
+        y = function(y)
+        if placement in ("both", "output"):
+            y = getattr(self, f"{name}_output_norm")(y)
+        x = self._add(x, y, deterministic)
+        return getattr(self, f"{name}_output_norm")(x) if placement == "post" else x
+
+    def _add(self, x: jax.Array, y: jax.Array, deterministic: bool) -> jax.Array:
+        return constrain(x + self.dropout(y, deterministic=deterministic), ("batch", "length", "embed"))
+
+    def _mlp(self, x: jax.Array, deterministic: bool, real: jax.Array | None) -> jax.Array:
+        if self.kind.experts:
+            return self.mlp(x, real=real, deterministic=deterministic)[0]
+        return self.mlp(x, deterministic)
 
     def __call__(
         self,
         x: jax.Array,
         *,
-        angles: Angles | None = None,
+        angles: Mapping[str, Angles] | None = None,
         bias: jax.Array | None = None,
         segments: jax.Array | None = None,
         encoded: jax.Array | None = None,
         encoded_segments: jax.Array | None = None,
         deterministic: bool = True,
     ) -> jax.Array:
-        """`[batch, length, embed] -> [batch, length, embed]`."""
-        y = self.attention_norm(x)
-        y = self.attention(
-            y,
-            y,
-            angles=angles,
-            bias=bias,
-            segments=segments,
-            source_segments=segments,
-            causal=self.causal,
-            deterministic=deterministic,
-        )
-        x = self._add(x, y, deterministic)
-        if self.cross:
+        """`[batch, length, embed] -> [batch, length, embed]`; angles: by kind of attention."""
+        if self.config.relative_bias_per_layer and self.config.positions == "relative_bias":
+            bias = self.relative_bias.between(x.shape[1], x.shape[1])
+        real = None if segments is None else segments != 0
+
+        def attend(y: jax.Array) -> jax.Array:
+            return self.attention(
+                y,
+                y,
+                angles=self._angles(angles),
+                bias=bias,
+                segments=segments,
+                source_segments=segments,
+                causal=self.causal,
+                deterministic=deterministic,
+            )
+
+        def attend_across(y: jax.Array) -> jax.Array:
             if encoded is None:
                 raise ValueError("a decoder layer with cross-attention needs the encoder's output")
-            y = self.cross_attention(
-                self.cross_attention_norm(x),
+            return self.cross_attention(
+                y,
                 encoded,
                 angles=None,
                 bias=None,
@@ -209,19 +157,29 @@ class Layer(nn.Module):
                 causal=False,
                 deterministic=deterministic,
             )
-            x = self._add(x, y, deterministic)
-        return self._add(x, self.mlp(self.mlp_norm(x), deterministic), deterministic)
 
-    def _add(self, x: jax.Array, y: jax.Array, deterministic: bool) -> jax.Array:
-        return constrain(x + self.dropout(y, deterministic=deterministic), ("batch", "length", "embed"))
+        def transform(y: jax.Array) -> jax.Array:
+            return self._mlp(y, deterministic, real)
+
+        if self.config.parallel_layers:
+            both = attend(self.attention_norm(x)) + transform(self.mlp_norm(x))
+            return self._add(x, both, deterministic)
+        x = self._sublayer("attention", x, attend, deterministic)
+        if self.cross:
+            x = self._sublayer("cross_attention", x, attend_across, deterministic)
+        return self._sublayer("mlp", x, transform, deterministic)
+
+    # --- decoding ---
+
+    def new_cache(self, batch: int, slots: int, dtype: str) -> LayerCache:
+        """An empty cache of self-attention."""
+        return self.attention.new_cache(batch, slots, dtype)
 
     def cross_keys_values(self, encoded: jax.Array, dtype: Any) -> LayerCache:
         """Keys and values of the encoder's output, `[batch, kv_heads, keys, head_dim]`: computed once."""
-        key, value = self.cross_attention.keys_values(encoded, None)
-        return {
-            "cross_key": key.swapaxes(1, 2).astype(dtype),
-            "cross_value": value.swapaxes(1, 2).astype(dtype),
-        }
+        cache = self.cross_attention.new_cache(encoded.shape[0], encoded.shape[1], dtype)
+        filled = self.cross_attention.remember(cache, encoded, None, jnp.int32(0), False)
+        return {f"cross_{name}": entry for name, entry in filled.items()}
 
     def step(
         self,
@@ -229,23 +187,56 @@ class Layer(nn.Module):
         cache: LayerCache,
         *,
         slot: jax.Array,
-        angles: Angles | None,
+        ring: bool,
+        angles: Mapping[str, Angles] | None,
         bias: jax.Array | None,
+        distances: tuple[jax.Array, jax.Array] | None,
         visible: jax.Array,
         encoder_visible: jax.Array | None,
+        real: jax.Array | None,
     ) -> tuple[jax.Array, LayerCache]:
-        """The layer on new tokens x `[batch, tokens, embed]`; their keys go to the cache from `slot` on."""
-        y = self.attention_norm(x)
-        query = self.attention.queries(y, angles)
-        key, value = self.attention.keys_values(y, angles)  # [batch, tokens, kv_heads, head_dim]
-        cache = dict(cache)
-        for name, new in (("key", key), ("value", value)):
-            new = new.swapaxes(1, 2).astype(cache[name].dtype)  # [batch, kv_heads, tokens, head_dim]
-            cache[name] = jax.lax.dynamic_update_slice_in_dim(cache[name], new, slot, axis=2)
-        x = x + self.attention.cached(query, cache["key"], cache["value"], visible, bias)
-        if self.cross:
-            query = self.cross_attention.queries(self.cross_attention_norm(x), None)
-            x = x + self.cross_attention.cached(
-                query, cache["cross_key"], cache["cross_value"], jnp.asarray(encoder_visible), None
-            )
-        return x + self.mlp(self.mlp_norm(x), True), cache
+        """The layer on new tokens x `[batch, tokens, embed]`; their keys go to the cache from `slot` on.
+
+        Args:
+          ring: the cache is one (nn/cache.py).
+          distances: positions of the new tokens and of the slots, where the layer has a bias of its own.
+          visible: bool `[batch, tokens, slots]`.
+          real: bool `[batch, tokens]`, which tokens are no padding.
+        """
+        if self.config.relative_bias_per_layer and distances is not None:
+            bias = self.relative_bias.at(*distances)
+        own = {name: entry for name, entry in cache.items() if not name.startswith("cross_")}
+        across = {name.removeprefix("cross_"): cache[name] for name in cache if name not in own}
+        turned = self._angles(angles)
+
+        def attend(y: jax.Array) -> jax.Array:
+            nonlocal own
+            own = self.attention.remember(own, y, turned, slot, ring)
+            return self.attention.recall(y, own, turned, visible, bias)
+
+        def attend_across(y: jax.Array) -> jax.Array:
+            return self.cross_attention.recall(y, across, None, jnp.asarray(encoder_visible), None)
+
+        def transform(y: jax.Array) -> jax.Array:
+            return self._mlp(y, True, real)
+
+        if self.config.parallel_layers:
+            x = x + attend(self.attention_norm(x)) + transform(self.mlp_norm(x))
+        else:
+            x = self._sublayer("attention", x, attend)
+            if self.cross:
+                x = self._sublayer("cross_attention", x, attend_across)
+            x = self._sublayer("mlp", x, transform)
+        return x, cache | own
+
+
+def relative_bias(config: TransformerConfig, causal: bool) -> RelativeBias:
+    """T5's table of biases, of a stack or of a layer."""
+    return RelativeBias(
+        config.num_heads,
+        config.relative_buckets,
+        config.relative_max_distance,
+        bidirectional=not causal,
+        initializer=init_of(config, "relative_bias"),
+        param_dtype=config.param_dtype,
+    )

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from t5style.models.config import TransformerConfig
+from t5style.models.config import LayerKind, TransformerConfig
 from t5style.models.transformer import Transformer
 from t5style.nn.parameter import is_named, unbox
 from t5style.nn.stack import unstack
@@ -13,10 +13,12 @@ from t5style.nn.stack import unstack
 
 def _boxed(config: TransformerConfig, key: jax.Array) -> Any:
     tokens = jnp.zeros((1, 1), jnp.int32)
-    encoder_tokens = tokens if config.encoder_layers else None
     # Scanned, whatever the config says: unrolling 32 layers here traces for seconds, and the parameters are
     # the same.
-    return Transformer(config.replace(scan_layers=True)).init(key, tokens, encoder_tokens)["params"]
+    model = Transformer(config.replace(scan_layers=True))
+    if not config.decoder_layers:
+        return model.init(key, tokens, method="encode")["params"]
+    return model.init(key, tokens, tokens if config.encoder_layers else None)["params"]
 
 
 def init_params(config: TransformerConfig, key: jax.Array) -> Any:
@@ -52,11 +54,16 @@ def unstack_layers(config: TransformerConfig, params: Any) -> Any:
     A loop that reads one layer of a stacked array may copy that layer at every step; of separate arrays it
     does not.
     """
-    stacks = {"encoder": config.encoder_layers, "decoder": config.decoder_layers}
-    return params | {
-        name: params[name] | {"layers": unstack(params[name]["layers"], layers)}
-        for name, layers in stacks.items()
-        if layers and not isinstance(params[name]["layers"], tuple)
+    del config
+    groups = ("layers", "moe_layers")
+    return {
+        name: {
+            inner: unstack(tree) if inner in groups and not isinstance(tree, tuple) else tree
+            for inner, tree in part.items()
+        }
+        if name in ("encoder", "decoder")
+        else part
+        for name, part in params.items()
     }
 
 
@@ -67,28 +74,60 @@ def flops_per_example(
 
     Convention (Kaplan et al. 2020; Chowdhery et al. 2022, appendix B): two per multiply-add; forward only, or
     three times that for training (recomputation not counted); the head counts, the embedding's lookup does
-    not; norms, softmax and activations do not; causal attention counts half of its scores. Padding counts as
-    tokens do.
+    not; norms, softmax and activations do not; causal attention counts half of its scores, and windows what
+    they see; of experts those count that a token chooses. Padding counts as tokens do.
     """
-    heads, width, d, ff = config.num_heads, config.heads_width, config.d_model, config.d_ff
-    query_output = 2 * d * heads * width  # weights of the two projections on the side of the queries
-    key_value = 2 * d * config.kv_heads * width
-    mlp = (len(config.activations) + 1) * d * ff
+    d = config.d_model
 
-    def scores(queries: int, keys: int) -> int:
-        return 2 * queries * keys * heads * width  # multiply-adds of scores and of weighted values
+    def stack(side: str, length: int, causal: bool) -> float:
+        """Multiply-adds of one stack, cross-attention left out."""
+        total = 0.0
+        for kind in config.layers_of(side):
+            queries, keys, per_score = _attention_weights(config)
+            seen = length  # keys of the average query
+            if kind.attention == "window" and config.window is not None and config.window < length:
+                # The first queries see fewer than the window.
+                seen = config.window * (1 - (config.window - 1) / (2 * length)) if causal else config.window
+            elif causal:
+                seen = length / 2
+            total += length * (queries + keys + _mlp_weights(config, kind) + seen * per_score)
+        return total
 
-    encoder = encoder_length * (query_output + key_value + mlp) + scores(encoder_length, encoder_length)
-    decoder = decoder_length * (query_output + key_value + mlp) + scores(decoder_length, decoder_length) / 2
-    if config.encoder_layers:
-        decoder += (
-            decoder_length * query_output
-            + encoder_length * key_value
-            + scores(decoder_length, encoder_length)
+    multiply_adds = stack("encoder", encoder_length, False) + stack("decoder", decoder_length, True)
+    if config.encoder_layers and config.decoder_layers:
+        queries, keys, per_score = _attention_weights(config)
+        multiply_adds += config.decoder_layers * (
+            decoder_length * (queries + encoder_length * per_score) + encoder_length * keys
         )
-    head = decoder_length * d * config.vocab_size
-    multiply_adds = config.encoder_layers * encoder + config.decoder_layers * decoder + head
+    if config.decoder_layers:
+        multiply_adds += decoder_length * d * config.vocab_size
     return float(2 * multiply_adds * (3 if training else 1))
+
+
+def _attention_weights(config: TransformerConfig) -> tuple[int, int, int]:
+    """Multiply-adds per query token, per key token, and per pair of them (its score and weighted value)."""
+    d, heads, latent = config.d_model, config.num_heads, config.latent
+    if latent is None:
+        width = config.heads_width
+        return 2 * d * heads * width, 2 * d * config.kv_heads * width, 2 * heads * width
+    query = latent.nope_dim + latent.rope_dim
+    rank = latent.query_rank
+    queries = d * heads * query if rank is None else d * rank + rank * heads * query
+    queries += heads * latent.value_dim * d
+    keys = d * (latent.key_value_rank + latent.rope_dim)
+    keys += latent.key_value_rank * heads * (latent.nope_dim + latent.value_dim)
+    return queries, keys, heads * (query + latent.value_dim)
+
+
+def _mlp_weights(config: TransformerConfig, kind: LayerKind) -> int:
+    """Multiply-adds per token; of experts, those that compute it."""
+    matrices = len(config.activations) + 1
+    if not kind.experts or config.moe is None:
+        return matrices * config.d_model * config.d_ff
+    moe = config.moe
+    gate = config.d_model if moe.shared_gate else 0
+    width = moe.per_token * moe.d_ff + moe.shared_d_ff
+    return matrices * config.d_model * width + config.d_model * moe.experts + gate
 
 
 def flops_per_token(

@@ -1,18 +1,20 @@
 """The Transformer: encoder-decoder and decoder-only models of every family."""
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from t5style.models.config import TransformerConfig
-from t5style.models.layers import Layer, LayerCache, init_of
+from t5style.models.attention_layers import Angles, init_of, norm
+from t5style.models.config import LayerKind, TransformerConfig
+from t5style.models.layers import Layer, relative_bias
 from t5style.nn import platform
-from t5style.nn.norm import RMSNorm
+from t5style.nn.cache import LayerCache, slots_of
 from t5style.nn.parameter import Named, is_named, named, unbox
-from t5style.nn.positions import RelativeBias, rotary_angles
+from t5style.nn.positions import rotary_angles
 from t5style.nn.projection import Projection, project
 from t5style.nn.stack import run_layers, unstack
 from t5style.parallel.rules import constrain
@@ -23,56 +25,70 @@ Cache = dict[str, Any]
 class Stack(nn.Module):
     """The layers of an encoder or a decoder, their shared relative bias, and the norm after them.
 
-    The layers' parameters are one tree of arrays `[layers, ...]`, whether they are scanned or unrolled. For
-    decoding they may be given as a tuple of one tree per layer (models/params.unstack_layers), which saves
-    slicing them at every step.
+    The parameters of layers that have the same are one tree of arrays `[layers, ...]`, whether they are
+    scanned or unrolled: `layers`, and `moe_layers` for those with experts. For decoding they may be given as
+    tuples of one tree per layer (models/params.unstack_layers), which saves slicing them at every step.
     """
 
     config: TransformerConfig
-    layers_count: int
-    causal: bool
-    cross: bool
+    side: str  # 'encoder' or 'decoder'
 
     def setup(self) -> None:
         c = self.config
-        if c.positions == "relative_bias":
-            self.relative_bias = RelativeBias(
-                c.num_heads,
-                c.relative_buckets,
-                c.relative_max_distance,
-                bidirectional=not self.causal,
-                initializer=init_of(c, "relative_bias"),
-                param_dtype=c.param_dtype,
-            )
-        if self.has_variable(
-            "params", "layers"
-        ):  # may be stacked or a tuple, so not through param's shape check
-            self.layers = self.get_variable("params", "layers")
-        else:
-            self.layers = unbox(self.param("layers", self._init_layers))
-        self.final_norm = RMSNorm(c.norm_eps, c.param_dtype)
+        self.causal = self.side == "decoder"
+        self.cross = self.causal and c.encoder_layers > 0
+        kinds = c.layers_of(self.side)
+        self.order = tuple(("moe_layers" if kind.experts else "layers", kind) for kind in kinds)
+        if c.positions == "relative_bias" and not c.relative_bias_per_layer:
+            self.relative_bias = relative_bias(c, self.causal)
+        groups = dict.fromkeys(name for name, _ in self.order)
+        # Given ones may be stacked or tuples, so not through param's check of the shape.
+        self.groups = {
+            name: self.get_variable("params", name)
+            if self.has_variable("params", name)
+            else unbox(self.param(name, functools.partial(self._init_layers, name)))
+            for name in groups
+        }
+        if c.final_norm:
+            self.final_norm = norm(c)
         self.dropout = nn.Dropout(c.dropout)
 
-    @property
-    def _layer(self) -> Layer:
-        return Layer(self.config, causal=self.causal, cross=self.cross, parent=None)
+    def _layer(self, kind: LayerKind) -> Layer:
+        return Layer(self.config, kind, causal=self.causal, cross=self.cross, parent=None)
 
-    def _init_layers(self, key: jax.Array) -> Any:
+    def _init_layers(self, name: str, key: jax.Array) -> Any:
+        kinds = [kind for group, kind in self.order if group == name]
         x = jnp.zeros((1, 1, self.config.d_model), jnp.float32)
         encoded = x if self.cross else None
+        angles = self._angles(jnp.zeros((1, 1), jnp.int32))
 
         def init(key: jax.Array) -> Any:
-            return self._layer.init(
-                key, x, angles=self._angles(jnp.zeros((1, 1), jnp.int32)), encoded=encoded
-            )["params"]
+            return self._layer(kinds[0]).init(key, x, angles=angles, encoded=encoded)["params"]
 
-        stacked = jax.vmap(init)(jax.random.split(key, self.layers_count))
+        stacked = jax.vmap(init)(jax.random.split(key, len(kinds)))
         return jax.tree.map(lambda box: Named(box.value, ("layers", *box.names)), stacked, is_leaf=is_named)
 
-    def _angles(self, positions: jax.Array) -> tuple[jax.Array, jax.Array] | None:
-        if self.config.positions != "rope":
+    def _angles(self, positions: jax.Array) -> dict[str, Angles] | None:
+        """Rotary angles by kind of attention, each made once."""
+        c = self.config
+        if c.positions != "rope":
             return None
-        return rotary_angles(positions, self.config.heads_width, self.config.rope_theta)
+        # Latent attention rotates a part of its own, which is handed to it without the rest.
+        width, fraction = (c.heads_width, c.rope_fraction) if c.latent is None else (c.latent.rope_dim, 1.0)
+        made = {}
+        kinds = {kind.attention for _, kind in self.order}
+        if kinds & ({"full"} if c.rope_local_theta else {"full", "window"}):
+            more = (
+                {}
+                if c.rope_scaling is None and fraction == 1
+                else {"scaling": c.rope_scaling, "fraction": fraction}
+            )
+            made["full"] = rotary_angles(positions, width, c.rope_theta, **more)
+        if "window" in kinds:
+            made["window"] = (
+                rotary_angles(positions, width, c.rope_local_theta) if c.rope_local_theta else made["full"]
+            )
+        return made
 
     def __call__(
         self,
@@ -89,7 +105,9 @@ class Stack(nn.Module):
         length = x.shape[1]
         if positions is None:
             positions = jnp.arange(length, dtype=jnp.int32)[None]
-        bias = self.relative_bias.between(length, length) if c.positions == "relative_bias" else None
+        bias = None
+        if c.positions == "relative_bias" and not c.relative_bias_per_layer:
+            bias = self.relative_bias.between(length, length)
         if encoded is not None and (segments is None) != (encoded_segments is None):
             # One side has no padding: it is all segment 1, which is what an unpacked batch calls its tokens.
             segments = jnp.ones(x.shape[:2], jnp.int32) if segments is None else segments
@@ -103,39 +121,49 @@ class Stack(nn.Module):
             "encoded": encoded,
             "encoded_segments": encoded_segments,
         }
-        module = self._layer
 
-        def layer(params: Any, state: tuple[jax.Array, Any], key: jax.Array | None) -> tuple[jax.Array, Any]:
+        def layer(
+            params: Any, state: tuple[jax.Array, Any], key: jax.Array | None, kind: LayerKind
+        ) -> tuple[jax.Array, Any]:
             x, shared = state
             rngs = None if key is None else {"dropout": key}
-            return module.apply(
+            return self._layer(kind).apply(
                 {"params": params}, x, **shared, deterministic=deterministic, rngs=rngs
             ), shared
 
         keys = None
         if c.dropout and not deterministic:
             x = self.dropout(x, deterministic=False)
-            keys = jax.random.split(self.make_rng("dropout"), self.layers_count)
+            keys = jax.random.split(self.make_rng("dropout"), len(self.order))
         x, _ = run_layers(
             layer,
-            self.layers,
+            dict(self.groups),
             (x, shared),
-            layers=self.layers_count,
+            order=self.order,
             keys=keys,
             policy=c.remat,
             scan=platform.scan_layers(remat=c.remat != "none") if c.scan_layers is None else c.scan_layers,
         )
-        return self.dropout(self.final_norm(x), deterministic=deterministic)
+        return self.dropout(self._normalised(x), deterministic=deterministic)
 
-    def _each(self) -> tuple[Any, ...]:
-        return self.layers if isinstance(self.layers, tuple) else unstack(self.layers, self.layers_count)
+    def _normalised(self, x: jax.Array) -> jax.Array:
+        return self.final_norm(x) if self.config.final_norm else x
 
-    def cross_cache(self, encoded: jax.Array, dtype: Any) -> tuple[LayerCache, ...]:
+    def _each(self) -> Iterator[tuple[Layer, Any]]:
+        """Each layer and its parameters."""
+        groups = {
+            name: iter(group if isinstance(group, tuple) else unstack(group))
+            for name, group in self.groups.items()
+        }
+        for name, kind in self.order:
+            yield self._layer(kind), {"params": next(groups[name])}
+
+    def cross_cache(self, encoded: jax.Array, dtype: str) -> tuple[LayerCache, ...]:
         """Per layer, keys and values of the encoder's output."""
-        method = functools.partial(
-            self._layer.apply, encoded=encoded, dtype=dtype, method="cross_keys_values"
+        return tuple(
+            layer.apply(params, encoded=encoded, dtype=dtype, method="cross_keys_values")
+            for layer, params in self._each()
         )
-        return tuple(method({"params": params}) for params in self._each())
 
     def step(
         self,
@@ -145,27 +173,60 @@ class Stack(nn.Module):
         slot: jax.Array,
         positions: jax.Array,
         slot_positions: jax.Array,
-        visible: jax.Array,
+        slots_valid: jax.Array,
+        valid: jax.Array,
         encoder_visible: jax.Array | None,
     ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
-        """All layers on new tokens `[batch, tokens, embed]`, unrolled: caches are updated in place."""
-        bias = None
-        if self.config.positions == "relative_bias":
-            bias = self.relative_bias.at(positions, slot_positions)  # [batch, heads, tokens, slots]
-        step = functools.partial(
-            self._layer.apply,
-            slot=slot,
-            angles=self._angles(positions),
-            bias=bias,
-            visible=visible,
-            encoder_visible=encoder_visible,
-            method="step",
-        )
+        """All layers on new tokens `[batch, tokens, embed]`, unrolled: caches are updated in place.
+
+        Args:
+          layers: each layer's cache.
+          slot: of the first new token.
+          positions: int32 `[batch, tokens]`.
+          slot_positions, slots_valid: `[batch, slots]`, of all tokens with the new ones.
+          valid: bool `[batch, tokens]`.
+          encoder_visible: bool `[batch, 1, encoder length]`.
+        """
+        c = self.config
+        bias, distances = None, None
+        if c.positions == "relative_bias":
+            distances = (positions, slot_positions)
+            if not c.relative_bias_per_layer:
+                bias = self.relative_bias.at(*distances)  # [batch, heads, tokens, slots]
+        slots = slots_valid.shape[1]
+
+        @functools.cache
+        def visible(window: bool, size: int) -> jax.Array:
+            """Bool `[batch, tokens, size]`: a token sees real ones up to its own, or those of its window."""
+            held = slots_of(size, slot + x.shape[1] - 1)  # which slot each entry holds
+            place = jnp.maximum(held, 0)
+            seen = (slots_valid[:, place] & (held >= 0))[:, None, :]
+            seen = seen & (held <= slot + jnp.arange(x.shape[1])[:, None])  # [batch, tokens, size]
+            if window and c.window is not None:
+                seen = seen & (positions[:, :, None] - slot_positions[:, None, place] < c.window)
+            return seen
+
+        angles = self._angles(positions)
         updated = []
-        for params, cache in zip(self._each(), layers, strict=True):
-            x, cache = step({"params": params}, x, cache)
+        for (layer, params), cache, (_, kind) in zip(self._each(), layers, self.order, strict=True):
+            own = next(entry for name, entry in cache.items() if not name.startswith("cross_"))
+            size = own.shape[2]
+            x, cache = layer.apply(
+                params,
+                x,
+                cache,
+                slot=slot,
+                ring=size < slots,
+                angles=angles,
+                bias=bias,
+                distances=distances,
+                visible=visible(kind.attention == "window", size),
+                encoder_visible=encoder_visible,
+                real=valid,
+                method="step",
+            )
             updated.append(cache)
-        return self.final_norm(x), tuple(updated)
+        return self._normalised(x), tuple(updated)
 
 
 class Transformer(nn.Module):
@@ -188,22 +249,57 @@ class Transformer(nn.Module):
             (c.vocab_size, c.d_model),
             jnp.dtype(c.param_dtype),
         )
+        if c.positions == "learned":
+            self.position_embedding = self._table("length", c.context_length)
+        if c.token_types:
+            self.token_type_embedding = self._table("token_types", c.token_types)
+        if c.embedding_norm:
+            self.embedding_norm = norm(c)
         if c.encoder_layers:
-            self.encoder = Stack(c, c.encoder_layers, causal=False, cross=False)
-        self.decoder = Stack(c, c.decoder_layers, causal=True, cross=c.encoder_layers > 0)
-        if not c.tie_embeddings:
-            self.head = Projection(
-                (c.d_model,),
-                (c.vocab_size,),
-                ("embed", "vocab"),
-                init_of(c, "head"),
-                param_dtype=c.param_dtype,
-                precision=c.precision,
-                out_dtype="float32",
-            )
+            self.encoder = Stack(c, "encoder")
+        if c.decoder_layers:
+            self.decoder = Stack(c, "decoder")
+            if not c.tie_embeddings:
+                self.head = Projection(
+                    (c.d_model,),
+                    (c.vocab_size,),
+                    ("embed", "vocab"),
+                    init_of(c, "head"),
+                    param_dtype=c.param_dtype,
+                    precision=c.precision,
+                    out_dtype="float32",
+                    bias=c.head_bias,
+                )
 
-    def _embed(self, tokens: jax.Array) -> jax.Array:
-        x = jnp.take(self.embedding, tokens, axis=0, mode="clip").astype(jnp.dtype(self.config.dtype))
+    def _table(self, name: str, rows: int | None) -> jax.Array:
+        c = self.config
+        which = {"length": "position_embedding", "token_types": "token_type_embedding"}[name]
+        return self.param(
+            which,
+            named(init_of(c, "embedding"), (name, "embed")),
+            (rows, c.d_model),
+            jnp.dtype(c.param_dtype),
+        )
+
+    def _embed(
+        self, tokens: jax.Array, positions: jax.Array | None, token_types: jax.Array | None = None
+    ) -> jax.Array:
+        """int32 `[batch, length]` of each -> `[batch, length, embed]`."""
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        x = jnp.take(self.embedding, tokens, axis=0, mode="clip").astype(dtype)
+        if c.scale_embeddings:
+            x = x * jnp.asarray(c.d_model**0.5, dtype)
+        if c.token_types:
+            types = jnp.zeros_like(tokens) if token_types is None else token_types
+            x = x + jnp.take(self.token_type_embedding, types, axis=0, mode="clip").astype(dtype)
+        elif token_types is not None:
+            raise ValueError("this model has no token types (token_types = 0)")
+        if c.positions == "learned":
+            places = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] if positions is None else positions
+            x = x + jnp.take(self.position_embedding, places, axis=0, mode="clip").astype(dtype)
+        if c.embedding_norm:
+            x = self.embedding_norm(x)
         return constrain(x, ("batch", "length", "embed"))
 
     def encode(
@@ -212,14 +308,14 @@ class Transformer(nn.Module):
         *,
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
+        token_types: jax.Array | None = None,
         deterministic: bool = True,
     ) -> jax.Array:
-        """The encoder's output, `[batch, length, embed]`."""
+        """The encoder's output, `[batch, length, embed]`; token_types: int32 `[batch, length]`, None: 0."""
         if not self.config.encoder_layers:
             raise ValueError("this model is decoder-only (encoder_layers = 0): it has no encoder to run")
-        return self.encoder(
-            self._embed(tokens), positions=positions, segments=segment_ids, deterministic=deterministic
-        )
+        x = self._embed(tokens, positions, token_types)
+        return self.encoder(x, positions=positions, segments=segment_ids, deterministic=deterministic)
 
     def hidden(
         self,
@@ -234,6 +330,8 @@ class Transformer(nn.Module):
     ) -> jax.Array:
         """The decoder's output before the head, `[batch, length, embed]`; arguments as for the call."""
         encoded = None
+        if not self.config.decoder_layers:
+            raise ValueError("this model is encoder-only (decoder_layers = 0): use encode")
         if self.config.encoder_layers:
             if encoder_input_tokens is None:
                 raise ValueError("an encoder-decoder model needs encoder_input_tokens")
@@ -248,7 +346,7 @@ class Transformer(nn.Module):
                 "this model is decoder-only (encoder_layers = 0): it takes no encoder_input_tokens"
             )
         return self.decoder(
-            self._embed(decoder_input_tokens),
+            self._embed(decoder_input_tokens, decoder_positions),
             positions=decoder_positions,
             segments=decoder_segment_ids,
             encoded=encoded,
@@ -265,6 +363,8 @@ class Transformer(nn.Module):
             logits = project(hidden, self.embedding.T, precision=c.precision, out_dtype=jnp.float32)
         else:
             logits = self.head(hidden)
+        if c.logits_softcap is not None:
+            logits = c.logits_softcap * jnp.tanh(logits / c.logits_softcap)
         if (
             logits.ndim == 2
         ):  # [batch * length, vocab]: the loss flattens rows, which lie where the batch lies
@@ -305,7 +405,7 @@ class Transformer(nn.Module):
 
     # --- decoding with a cache (models/cache.py makes it and says what is in it) ---
 
-    def cross_cache(self, encoded: jax.Array, dtype: Any) -> tuple[LayerCache, ...]:
+    def cross_cache(self, encoded: jax.Array, dtype: str) -> tuple[LayerCache, ...]:
         """Cross-attention's keys and values of every decoder layer, for models/cache.init_cache."""
         return self.decoder.cross_cache(encoded, dtype)
 
@@ -326,17 +426,15 @@ class Transformer(nn.Module):
         slot, start = cache["slot"], (0, cache["slot"])
         slots_valid = jax.lax.dynamic_update_slice(cache["valid"], valid, start)
         slot_positions = jax.lax.dynamic_update_slice(cache["positions"], positions.astype(jnp.int32), start)
-        # A token sees the slots up to its own that hold real tokens.
-        earlier = jnp.arange(slots_valid.shape[1]) <= slot + jnp.arange(count)[:, None]  # [tokens, slots]
-        visible = slots_valid[:, None, :] & earlier  # [batch, tokens, slots]
         encoder_valid = cache.get("encoder_valid")
         hidden, layers = self.decoder.step(
-            self._embed(tokens),
+            self._embed(tokens, positions),
             cache["layers"],
             slot=slot,
             positions=positions,
             slot_positions=slot_positions,
-            visible=visible,
+            slots_valid=slots_valid,
+            valid=valid,
             encoder_visible=None if encoder_valid is None else encoder_valid[:, None, :],
         )
         updated = cache | {

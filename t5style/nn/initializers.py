@@ -19,7 +19,7 @@ def initializer(
     Args:
       scheme: 't5' or 'normal'.
       factor: multiplies T5's standard deviations, or is the standard deviation for 'normal'.
-      part: 'embedding', 'query', 'key', 'value', 'attention_output', 'mlp_input', 'mlp_output',
+      part: 'embedding', 'query', 'key', 'value', 'attention_output', 'mlp_input', 'mlp_output', 'router',
         'relative_bias', 'head'.
       d_model, d_ff, heads, head_dim: the model's sizes.
     """
@@ -33,6 +33,7 @@ def initializer(
         "attention_output": 1 / math.sqrt(heads * head_dim),
         "mlp_input": 1 / math.sqrt(d_model),
         "mlp_output": 1 / math.sqrt(d_ff),
+        "router": 1 / math.sqrt(d_model),
         "relative_bias": 1 / math.sqrt(d_model),
         "head": 1 / math.sqrt(d_model),
     }[part]

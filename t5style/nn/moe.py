@@ -12,10 +12,9 @@ Families differ in how scores become choices and weights; each difference is a f
 | GPT-OSS | choose_first, bias |
 """
 
-import dataclasses
 import functools
-import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,115 +26,8 @@ from t5style.nn.attention import Dropout
 from t5style.nn.grouped import project_groups
 from t5style.nn.parameter import Init, named, zeros
 from t5style.nn.projection import Projection
+from t5style.nn.settings import MoE
 from t5style.parallel.rules import constrain
-
-ROUTERS = ("softmax", "sigmoid")
-GROUP_SCORES = ("max", "top2")
-
-
-@dataclasses.dataclass(frozen=True)
-class MoE:
-    """Settings of a mixture of experts.
-
-    Attributes:
-      experts: how many there are.
-      per_token: how many compute each token.
-      d_ff: width of an expert's hidden layer.
-      router: what makes scores of the router's logits: 'softmax' over all experts, or 'sigmoid' of each.
-      choose_first: the softmax is over the chosen experts' logits only (Mixtral's paper, GPT-OSS; the same as
-        normalize up to rounding).
-      normalize: divide the weights of the chosen experts by their sum.
-      scale: a factor on the weights, after that.
-      correction_bias: a learned number for each expert is added to its score for choosing, not to its weight
-        (DeepSeek-V3, section 2.1.2). It has no gradient: whoever trains moves it by the experts' load.
-      groups: experts stand in so many groups of equal size, of which each token first chooses
-        groups_per_token and then its experts among theirs.
-      groups_per_token: see groups.
-      group_score: a group's score: the largest of its experts' ('max', DeepSeek-V2) or the sum of its two
-        largest ('top2', DeepSeek-V3).
-      shared_d_ff: width of an MLP that computes every token besides; 0 for none.
-      shared_gate: its output is multiplied by the sigmoid of a learned projection of the token.
-      bias: the router and the experts have biases.
-      capacity: how many tokens of a row of the batch an expert computes; those that come later pass with a
-        zero for its output. None: as many as choose it.
-      capacity_factor: the same as a multiple of an even share, length · per_token / experts, rounded up.
-    """
-
-    experts: int
-    per_token: int
-    d_ff: int
-    router: str = "softmax"
-    choose_first: bool = False
-    normalize: bool = False
-    scale: float = 1.0
-    correction_bias: bool = False
-    groups: int = 1
-    groups_per_token: int = 1
-    group_score: str = "max"
-    shared_d_ff: int = 0
-    shared_gate: bool = False
-    bias: bool = False
-    capacity: int | None = None
-    capacity_factor: float | None = None
-
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("experts", 1),
-            ("per_token", 1),
-            ("d_ff", 1),
-            ("groups", 1),
-            ("groups_per_token", 1),
-            ("shared_d_ff", 0),
-            ("capacity", 1),
-        ):
-            value = getattr(self, name)
-            if value is None and name == "capacity":
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"MoE.{name} = {value!r} must be a whole number of at least {least}")
-        for name, choices in (("router", ROUTERS), ("group_score", GROUP_SCORES)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"MoE.{name} = {getattr(self, name)!r} is not one of {', '.join(choices)}")
-        if self.experts % self.groups:
-            raise ValueError(
-                f"MoE.experts = {self.experts} is not a multiple of groups = {self.groups}: groups must be of "
-                "equal size"
-            )
-        if self.groups_per_token > self.groups:
-            raise ValueError(
-                f"MoE.groups_per_token = {self.groups_per_token} is more than groups = {self.groups}"
-            )
-        size = self.experts // self.groups
-        if self.group_score == "top2" and self.groups > 1 and size < 2:
-            raise ValueError(
-                f"MoE.group_score = 'top2' needs groups of at least 2 experts, these have {size}: use fewer "
-                "groups, or 'max'"
-            )
-        if self.per_token > (reachable := size * self.groups_per_token):
-            among = f" in the {self.groups_per_token} groups a token chooses" if self.groups > 1 else ""
-            raise ValueError(f"MoE.per_token = {self.per_token} is more than the {reachable} experts{among}")
-        if not self.scale > 0:
-            raise ValueError(f"MoE.scale = {self.scale} must be positive")
-        if self.choose_first and (self.router != "softmax" or self.correction_bias or self.groups > 1):
-            raise ValueError(
-                "MoE.choose_first = True takes the softmax of the largest logits: it does not go with router "
-                f"= {self.router!r}, correction_bias = {self.correction_bias}, groups = {self.groups}"
-            )
-        if self.shared_gate and not self.shared_d_ff:
-            raise ValueError("MoE.shared_gate = True needs shared_d_ff, the width of the MLP it gates")
-        if self.capacity is not None and self.capacity_factor is not None:
-            raise ValueError(
-                f"MoE.capacity = {self.capacity} and capacity_factor = {self.capacity_factor} both set the "
-                "capacity: leave one of them None"
-            )
-        if self.capacity_factor is not None and not self.capacity_factor > 0:
-            raise ValueError(f"MoE.capacity_factor = {self.capacity_factor} must be positive")
-
-    def capacity_for(self, length: int) -> int | None:
-        """How many tokens of a row of that length an expert computes; None: all that choose it."""
-        if self.capacity_factor is None:
-            return self.capacity
-        return math.ceil(self.capacity_factor * length * self.per_token / self.experts)
 
 
 class RouterStats(NamedTuple):
@@ -212,12 +104,12 @@ def route(moe: MoE, logits: jax.Array, correction: jax.Array | None = None) -> R
     return Routing(experts, weights * moe.scale, probability)
 
 
-def within_capacity(experts: jax.Array, real: jax.Array, capacity: int, count: int) -> jax.Array:
+def within_capacity(experts: jax.Array, real: jax.Array | None, capacity: int, count: int) -> jax.Array:
     """Which choices find room: all first choices of a row in order, then all second ones, and so on.
 
     Args:
       experts: int32 `[batch, length, per_token]`.
-      real: bool `[batch, length]`; padding takes no room.
+      real: bool `[batch, length]`, False for padding, which takes no room; None: none is padding.
       capacity: tokens of a row that an expert takes.
       count: how many experts there are.
 
@@ -227,7 +119,8 @@ def within_capacity(experts: jax.Array, real: jax.Array, capacity: int, count: i
     batch, length, per_token = experts.shape
     ordered = experts.swapaxes(1, 2).reshape(batch, per_token * length)
     taken = jax.nn.one_hot(ordered, count, dtype=jnp.int32)  # [batch, per_token · length, experts]
-    taken = taken * jnp.tile(real, (1, per_token))[..., None]
+    if real is not None:
+        taken = taken * jnp.tile(real, (1, per_token))[..., None]
     place = jnp.cumsum(taken, axis=1)  # counted from 1
     fits = (taken * (place <= capacity)).any(axis=-1)
     return fits.reshape(batch, per_token, length).swapaxes(1, 2)
@@ -276,15 +169,18 @@ class ExpertsProjection(nn.Module):
     precision: str
 
     @nn.compact
-    def __call__(self, x: jax.Array, sizes: jax.Array, expert: jax.Array) -> jax.Array:
-        """`[rows, inner] -> [rows, outer]`; row r belongs to `expert[r]`, sizes say how many each has."""
+    def __call__(self, x: jax.Array, sizes: jax.Array, expert: jax.Array, all_rows: bool) -> jax.Array:
+        """`[rows, inner] -> [rows, outer]`; row r belongs to `expert[r]`, sizes say how many each has.
+
+        all_rows: every row belongs to an expert; others have a number that no expert has, and come last.
+        """
         dtype, names = jnp.dtype(self.param_dtype), ("expert", *self.names)
 
-        def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+        def init(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
             return jax.vmap(lambda k: self.initializer(k, shape[1:], dtype))(jax.random.split(key, shape[0]))
 
         kernel = self.param("kernel", named(init, names), (self.experts, self.inner, self.outer), dtype)
-        y = project_groups(x, kernel, sizes, precision=self.precision)
+        y = project_groups(x, kernel, sizes, all_rows=all_rows, precision=self.precision)
         if self.bias:
             bias = self.param("bias", named(zeros, ("expert", names[2])), (self.experts, self.outer), dtype)
             y = y + jnp.take(bias, expert, axis=0, mode="clip").astype(y.dtype)
@@ -320,7 +216,12 @@ class Experts(nn.Module):
         self.output = make(inner=inner, outer=width, names=("mlp", "embed"), initializer=self.output_init)
 
     def __call__(
-        self, x: jax.Array, experts: jax.Array, weights: jax.Array, kept: jax.Array, deterministic: bool
+        self,
+        x: jax.Array,
+        experts: jax.Array,
+        weights: jax.Array,
+        kept: jax.Array | None,
+        deterministic: bool,
     ) -> jax.Array:
         """Sum of the chosen experts' outputs, weighted.
 
@@ -328,28 +229,29 @@ class Experts(nn.Module):
           x: `[tokens, embed]`.
           experts: int32 `[tokens, per_token]`.
           weights: f32 `[tokens, per_token]`.
-          kept: bool `[tokens, per_token]`; a choice that is not kept adds 0 and costs nothing where that is
-            possible.
+          kept: bool `[tokens, per_token]`; a choice that is not kept adds 0. None: all are.
           deterministic: no dropout.
 
         Returns:
           `[tokens, embed]`.
         """
         tokens, per_token = experts.shape
-        expert = jnp.where(kept, experts, self.moe.experts).reshape(-1)  # [tokens · per_token]
+        expert = experts if kept is None else jnp.where(kept, experts, self.moe.experts)
+        expert = expert.reshape(-1)  # [tokens · per_token]
         order = jnp.argsort(expert)  # stable, so that an expert's tokens stay in order
         inverse = jnp.argsort(order)
-        sizes = jnp.bincount(expert, length=self.moe.experts).astype(jnp.int32)
-        sorted_expert = jnp.take(expert, order)
+        sizes = jnp.sum(expert[:, None] == jnp.arange(self.moe.experts), axis=0, dtype=jnp.int32)
+        groups = {"sizes": sizes, "expert": jnp.take(expert, order), "all_rows": kept is None}
         rows = take_rows(x, order, inverse, per_token)  # [tokens · per_token, embed]
-        inputs = [checkpoint_name(each(rows, sizes, sorted_expert), "mlp_hidden") for each in self.inputs]
+        inputs = [checkpoint_name(each(rows, **groups), "mlp_hidden") for each in self.inputs]
         hidden = activations.hidden(inputs, self.activations, self.clamp)  # [tokens · per_token, mlp]
         if self.dropout and not deterministic:
             hidden = Dropout(self.dropout, self.make_rng("dropout"))(hidden)
-        out = self.output(hidden, sizes, sorted_expert)
+        out = self.output(hidden, **groups)
         out = take_rows(out, inverse, order, 1).reshape(tokens, per_token, self.d_model)
-        weights = jnp.where(kept, weights, 0.0)
-        return jnp.einsum("tkd,tk->td", out.astype(jnp.float32), weights).astype(x.dtype)
+        if kept is not None:
+            weights = jnp.where(kept, weights, 0.0)
+        return (out.astype(jnp.float32) * weights[..., None]).sum(axis=1).astype(x.dtype)
 
 
 class MoeMlp(nn.Module):
@@ -389,7 +291,8 @@ class MoeMlp(nn.Module):
         moe = self.moe
         if (self.shared is None) == bool(moe.shared_d_ff):
             raise ValueError(
-                f"MoeMlp: moe.shared_d_ff = {moe.shared_d_ff} and shared = {self.shared} contradict each other"
+                f"MoeMlp: moe.shared_d_ff = {moe.shared_d_ff} and shared = {self.shared} contradict"
+                " each other"
             )
         self.router = Projection(
             (self.d_model,),
@@ -446,16 +349,18 @@ class MoeMlp(nn.Module):
         moe, (batch, length, width) = self.moe, x.shape
         logits = self.router(x.astype(jnp.float32))  # [batch, length, experts]
         routing = route(moe, logits, self.router_bias if moe.correction_bias else None)
-        given = jnp.ones((batch, length), bool) if real is None else real.astype(bool)
-        kept = jnp.broadcast_to(given[..., None], routing.experts.shape)
+        kept = None
+        if real is not None:
+            real = real.astype(bool)
+            kept = jnp.broadcast_to(real[..., None], routing.experts.shape)
         capacity = moe.capacity_for(length)
         if capacity is not None and capacity < length:
-            kept = within_capacity(routing.experts, given, capacity, moe.experts)
+            kept = within_capacity(routing.experts, real, capacity, moe.experts)
         y = self.experts(
             x.reshape(batch * length, width),
             routing.experts.reshape(batch * length, -1),
             routing.weights.reshape(batch * length, -1),
-            kept.reshape(batch * length, -1),
+            None if kept is None else kept.reshape(batch * length, -1),
             deterministic,
         ).reshape(batch, length, width)
         y = constrain(y, ("batch", "length", "embed"))
@@ -464,17 +369,19 @@ class MoeMlp(nn.Module):
             if moe.shared_gate:
                 shared = shared * jax.nn.sigmoid(self.shared_gate(x))
             y = y + shared
-        return y, _statistics(logits, routing, given, kept) if stats else None
+        return y, _statistics(logits, routing, real, kept) if stats else None
 
 
-def _statistics(logits: jax.Array, routing: Routing, real: jax.Array, kept: jax.Array) -> RouterStats:
-    weight = real.astype(jnp.float32)  # [batch, length]
+def _statistics(
+    logits: jax.Array, routing: Routing, real: jax.Array | None, kept: jax.Array | None
+) -> RouterStats:
+    weight = jnp.ones(logits.shape[:2]) if real is None else real.astype(jnp.float32)  # [batch, length]
     chosen = jax.nn.one_hot(routing.experts, logits.shape[-1], dtype=jnp.float32).sum(axis=-2)
-    wanted = weight.sum() * routing.experts.shape[-1]
+    load = jnp.einsum("ble,bl->e", chosen, weight)
     return RouterStats(
         tokens=weight.sum(),
-        load=jnp.einsum("ble,bl->e", chosen, weight),
+        load=load,
         probability=jnp.einsum("ble,bl->e", routing.probability, weight),
         log_partition=jnp.sum(jax.nn.logsumexp(logits, axis=-1) ** 2 * weight),
-        dropped=wanted - kept.sum(dtype=jnp.float32),
+        dropped=jnp.zeros(()) if kept is None else load.sum() - kept.sum(dtype=jnp.float32),
     )

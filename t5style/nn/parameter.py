@@ -71,3 +71,9 @@ def ones(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
     """Ones."""
     del key
     return jax.numpy.ones(tuple(shape), dtype)
+
+
+def zeros(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
+    """Zeros."""
+    del key
+    return jax.numpy.zeros(tuple(shape), dtype)

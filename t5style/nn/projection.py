@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from t5style.nn import platform
-from t5style.nn.parameter import Init, named
+from t5style.nn.parameter import Init, named, zeros
 
 
 def project(
@@ -42,7 +42,7 @@ def project(
 
 
 class Projection(nn.Module):
-    """A learned linear map without bias: `[..., *inner] -> [..., *outer]`, kernel `[*inner, *outer]`.
+    """A learned linear map: `[..., *inner] -> [..., *outer]`, kernel `[*inner, *outer]`, bias `[*outer]`.
 
     Attributes:
       inner, outer: sizes of the dimensions summed over and of those made.
@@ -51,6 +51,7 @@ class Projection(nn.Module):
       param_dtype: the kernel's dtype; the computation is in x's.
       precision: see project.
       out_dtype: of the result; x's by default.
+      bias: whether there is one.
     """
 
     inner: tuple[int, ...]
@@ -60,19 +61,23 @@ class Projection(nn.Module):
     param_dtype: str = "float32"
     precision: str = "default"
     out_dtype: str | None = None
+    bias: bool = False
 
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param(
-            "kernel",
-            named(self.initializer, self.names),
-            (*self.inner, *self.outer),
-            jnp.dtype(self.param_dtype),
+    def setup(self) -> None:
+        dtype = jnp.dtype(self.param_dtype)
+        self.kernel = self.param(
+            "kernel", named(self.initializer, self.names), (*self.inner, *self.outer), dtype
         )
-        return project(
+        if self.bias:
+            self.offset = self.param("bias", named(zeros, self.names[len(self.inner) :]), self.outer, dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., *inner] -> [..., *outer]`."""
+        product = project(
             x,
-            kernel,
+            self.kernel,
             contracted=len(self.inner),
             precision=self.precision,
             out_dtype=self.out_dtype and jnp.dtype(self.out_dtype),
         )
+        return product + self.offset.astype(product.dtype) if self.bias else product

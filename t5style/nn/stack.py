@@ -1,12 +1,13 @@
 """Running a stack of equal layers, whose parameters are stacked along a first dimension."""
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 
 Carry = TypeVar("Carry")
-Layer = Callable[[Any, Carry, jax.Array | None], Carry]
+Layer = Callable[..., Carry]  # (params, carry, key), and the kind where there are several
 
 # Names that layers give (checkpoint_name) to what a policy may keep.
 QKV = ("query", "key", "value")
@@ -26,12 +27,13 @@ def remat(layer: Layer[Carry], policy: str, *, scanned: bool) -> Layer[Carry]:
     return jax.checkpoint(layer, policy=kept, prevent_cse=not scanned)
 
 
-def unstack(params: Any, layers: int) -> tuple[Any, ...]:
+def unstack(params: Any) -> tuple[Any, ...]:
     """One tree per layer from a tree of arrays `[layers, ...]`.
 
     lax.split and not indexing: its transpose is one concatenation, that of indexing a sum of padded arrays.
     """
     leaves, tree = jax.tree.flatten(params)
+    layers = leaves[0].shape[0]
     split = [[part[0] for part in jax.lax.split(leaf, [1] * layers, axis=0)] for leaf in leaves]
     return tuple(jax.tree.unflatten(tree, [parts[i] for parts in split]) for i in range(layers))
 
@@ -43,30 +45,98 @@ def stack(layers: Sequence[Any]) -> Any:
 
 def run_layers(
     layer: Layer[Carry],
-    params: Any,
+    params: Mapping[str, Any],
     carry: Carry,
     *,
-    layers: int,
+    order: Sequence[tuple[str, Hashable]],
     keys: jax.Array | None,
     policy: str,
     scan: bool,
 ) -> Carry:
-    """Applies `layer(params, carry, key)` for each layer in turn.
+    """Applies `layer(params, carry, key, kind)` for each layer in turn.
 
     Args:
-      layer: one layer as a pure function.
-      params: a tree of arrays `[layers, ...]`, or a tuple of one tree per layer (then they are never
-        scanned).
+      layer: one layer as a pure function; kind is static.
+      params: by the name of a group, what its layers have: a tree of arrays `[layers of the group, ...]`, or
+        a tuple of one tree per layer (then they are never scanned).
       carry: what the first layer gets.
-      layers: how many.
+      order: for each layer the name of its group, of which it takes the next, and its kind.
       keys: random keys `[layers]` or None.
       policy: what the backward pass recomputes, see remat.
-      scan: one lax.scan, or unrolled.
+      scan: one lax.scan over the part of the order that repeats itself, the rest unrolled; or all unrolled.
     """
-    scan = scan and not isinstance(params, tuple)
-    layer = remat(layer, policy, scanned=scan)
-    if scan:
-        return jax.lax.scan(lambda state, xs: (layer(xs[0], state, xs[1]), None), carry, (params, keys))[0]
-    for index, one in enumerate(params if isinstance(params, tuple) else unstack(params, layers)):
-        carry = layer(one, carry, None if keys is None else keys[index])
-    return carry
+    scan = scan and not any(isinstance(group, tuple) for group in params.values())
+    start, period, repeats = repetition(tuple(order)) if scan else (0, 1, 0)
+    stop = start + period * repeats
+    names = [name for name, _ in order]
+    trees = {
+        name: group if isinstance(group, tuple) or scan else unstack(group) for name, group in params.items()
+    }
+
+    def run(tree: Any, carry: Carry, key: jax.Array | None, kind: Hashable, scanned: bool) -> Carry:
+        return remat(functools.partial(layer, kind=kind), policy, scanned=scanned)(tree, carry, key)
+
+    def unrolled(carry: Carry, first: int, end: int) -> Carry:
+        for index in range(first, end):
+            name, kind = order[index]
+            group, number = trees[name], names[:index].count(name)
+            tree = group[number] if isinstance(group, tuple) else _at(group, number)
+            carry = run(tree, carry, None if keys is None else keys[index], kind, False)
+        return carry
+
+    def step(carry: Carry, xs: Any) -> tuple[Carry, None]:
+        groups, drawn = xs
+        for index in range(period):
+            name, kind = order[start + index]
+            tree = _at(groups[name], names[start : start + index].count(name))
+            carry = run(tree, carry, None if drawn is None else drawn[index], kind, True)
+        return carry, None
+
+    carry = unrolled(carry, 0, start)
+    if repeats:
+        groups = {
+            name: jax.tree.map(
+                functools.partial(
+                    _cut,
+                    first=names[:start].count(name),
+                    repeats=repeats,
+                    count=names[start : start + period].count(name),
+                ),
+                trees[name],
+            )
+            for name in dict.fromkeys(names[start : start + period])
+        }
+        drawn = None if keys is None else _cut(keys, start, repeats, period)
+        carry = jax.lax.scan(step, carry, (groups, drawn))[0]
+    return unrolled(carry, stop, len(order))
+
+
+def _at(tree: Any, index: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+def _cut(leaf: jax.Array, first: int, repeats: int, count: int) -> jax.Array:
+    """`[layers, ...] -> [repeats, count, ...]`, from layer `first` on."""
+    if first or repeats * count < leaf.shape[0]:
+        leaf = jax.lax.slice_in_dim(leaf, first, first + repeats * count)
+    return leaf.reshape(repeats, count, *leaf.shape[1:])
+
+
+@functools.lru_cache
+def repetition(order: Sequence[Hashable]) -> tuple[int, int, int]:
+    """Where a sequence repeats itself: (start, period, repeats), such that the fewest elements are left to
+    look at: those before, one period, and those after. Repeats is 0 where nothing does.
+    """
+    n = len(order)
+    best, left = (0, 1, 0), n
+    for start in range(n):
+        for period in range(1, (n - start) // 2 + 1):
+            repeats = 1
+            while (
+                order[start + repeats * period : start + (repeats + 1) * period]
+                == order[start : start + period]
+            ):
+                repeats += 1
+            if repeats > 1 and n - period * (repeats - 1) < left:
+                best, left = (start, period, repeats), n - period * (repeats - 1)
+    return best

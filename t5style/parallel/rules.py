@@ -42,6 +42,9 @@ PARAMETER_RULES: dict[str, MeshAxes] = {
     "head_dim": None,
     "layers": None,
     "relpos_buckets": None,
+    "length": None,
+    "token_types": None,
+    "latent": None,
     "expert": "expert",
     "one": None,  # a dimension of size 1
 }

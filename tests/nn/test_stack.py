@@ -7,12 +7,14 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 
 from t5style.models.config import REMATS
-from t5style.nn.stack import run_layers, stack, unstack
+from t5style.nn.stack import repetition, run_layers, stack, unstack
 
 LAYERS, WIDTH = 4, 16
+ORDER = (("all", "one"),) * LAYERS
 
 
-def layer(params, x, key):
+def layer(params, x, key, kind):
+    assert kind == "one"
     hidden = jnp.tanh(checkpoint_name(x @ params["up"], "query"))
     if key is not None:
         hidden = hidden * jax.random.bernoulli(key, 0.5, hidden.shape)
@@ -29,7 +31,7 @@ def params():
 
 
 def loss(params, x, keys, policy, scan):
-    out = run_layers(layer, params, x, layers=LAYERS, keys=keys, policy=policy, scan=scan)
+    out = run_layers(layer, {"all": params}, x, order=ORDER, keys=keys, policy=policy, scan=scan)
     return (out**2).sum()
 
 
@@ -43,7 +45,7 @@ def test_scan_and_remat_change_no_value(params, policy, scan):
     keys = jax.random.split(jax.random.key(2), LAYERS)
     want = x
     for i in range(LAYERS):
-        want = layer(jax.tree.map(lambda leaf, i=i: leaf[i], params), want, keys[i])
+        want = layer(jax.tree.map(lambda leaf, i=i: leaf[i], params), want, keys[i], "one")
     value, gradients = jax.jit(functools.partial(jax.value_and_grad(loss), policy=policy, scan=scan))(
         params, x, keys
     )
@@ -72,18 +74,59 @@ def test_remat_recomputes_when_unrolled(params):
 
 
 def test_unstack_is_undone_by_stack_and_has_its_gradient(params):
-    parts = unstack(params, LAYERS)
+    parts = unstack(params)
     assert len(parts) == LAYERS
     assert parts[2]["up"].shape == (WIDTH, 4 * WIDTH)
     np.testing.assert_array_equal(parts[2]["up"], params["up"][2])
     jax.tree.map(np.testing.assert_array_equal, stack(parts), params)
-    gradient = jax.grad(
-        lambda p: sum((i + 1) * part["up"].sum() for i, part in enumerate(unstack(p, LAYERS)))
-    )(params)
+    gradient = jax.grad(lambda p: sum((i + 1) * part["up"].sum() for i, part in enumerate(unstack(p))))(
+        params
+    )
     np.testing.assert_array_equal(gradient["up"][:, 0, 0], [1, 2, 3, 4])
 
 
 def test_a_tuple_of_layers_is_run_as_it_is(params):
     x = jnp.ones((2, WIDTH))
-    run = functools.partial(run_layers, layer, carry=x, layers=LAYERS, keys=None, policy="none", scan=True)
-    np.testing.assert_allclose(run(params=unstack(params, LAYERS)), run(params=params), rtol=1e-5)
+    run = functools.partial(run_layers, layer, carry=x, order=ORDER, keys=None, policy="none", scan=True)
+    apart = run(params={"all": unstack(params)})
+    np.testing.assert_allclose(apart, run(params={"all": params}), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "order", ["AAAAAA", "ABABAB", "ABBABBA", "CABBABBA", "ABC", "A", "CCABABAB", "AABAABB"]
+)
+@pytest.mark.parametrize("scan", [True, False])
+def test_layers_of_several_kinds_run_in_their_order(order, scan):
+    """Each layer notes which it is; kinds B and C have parameters of their own."""
+    groups = {name: "own" if name in "BC" else "plain" for name in order}
+    count = {group: [groups[kind] for kind in order].count(group) for group in groups.values()}
+    params = {group: 100.0 * (group == "own") + jnp.arange(1.0, n + 1)[:, None] for group, n in count.items()}
+    letters = {"A": 1.0, "B": 2.0, "C": 3.0}
+
+    def note(tree, state, key, kind):
+        place, seen = state
+        seen = seen.at[place].set(jnp.stack([tree[0], letters[kind], key]))
+        return place + 1, seen
+
+    _, seen = jax.jit(
+        lambda params: run_layers(
+            note,
+            params,
+            (0, jnp.zeros((len(order), 3))),
+            order=[(groups[kind], kind) for kind in order],
+            keys=jnp.arange(len(order), dtype=jnp.float32),
+            policy="none",
+            scan=scan,
+        )
+    )(params)
+    taken = {group: iter(values[:, 0]) for group, values in params.items()}
+    want = [(next(taken[groups[kind]]), letters[kind], i) for i, kind in enumerate(order)]
+    np.testing.assert_array_equal(seen, want)
+
+
+@pytest.mark.parametrize(
+    ("order", "found"),
+    [("AAAA", (0, 1, 4)), ("ABABA", (0, 2, 2)), ("CAAA", (1, 1, 3)), ("ABC", (0, 1, 0)), ("A", (0, 1, 0))],
+)
+def test_what_repeats_is_found(order, found):
+    assert repetition(tuple(order)) == found
