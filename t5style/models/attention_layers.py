@@ -1,7 +1,7 @@
 """Attention with its projections: of heads with keys and values of their own, and latent attention.
 
-Both have the same four methods: the whole sequence at once (`__call__`), an empty cache (`new_cache`), writing
-new tokens to it (`remember`), and attention to it (`recall`).
+Both have the same four methods: the whole sequence at once (`__call__`), an empty cache (`new_cache`),
+writing new tokens to it (`remember`), and attention to it (`recall`).
 """
 
 from typing import Any

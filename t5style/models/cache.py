@@ -1,9 +1,9 @@
 """The key-value cache: an explicit tree of arrays that Transformer.decode takes and returns.
 
-layers: a tuple with one dict per decoder layer (nn/cache.py): key, value `[batch, kv_heads, slots, head_dim]`,
-  or of latent attention latent `[batch, 1, slots, rank]` and rope_key `[batch, 1, slots, rope_dim]`; and for
-  an encoder-decoder cross_key, cross_value `[batch, kv_heads, encoder length, head_dim]`. Layers are apart, so
-  that a step writes one token into each in place instead of copying a stack of all.
+layers: a tuple with one dict per decoder layer (nn/cache.py): key, value `[batch, kv_heads, slots,
+  head_dim]`, or of latent attention latent `[batch, 1, slots, rank]` and rope_key `[batch, 1, slots,
+  rope_dim]`; and for an encoder-decoder cross_key, cross_value `[batch, kv_heads, encoder length, head_dim]`.
+  Layers are apart, so that a step writes one token into each in place instead of copying a stack of all.
 valid: bool `[batch, slots]`, slots that hold a real token.
 positions: int32 `[batch, slots]`, the position of each slot's token in its row.
 length: int32 `[batch]`, real tokens so far in each row.

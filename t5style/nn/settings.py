@@ -79,8 +79,8 @@ class MoE:
                 raise ValueError(f"MoE.{name} = {getattr(self, name)!r} is not one of {', '.join(choices)}")
         if self.experts % self.groups:
             raise ValueError(
-                f"MoE.experts = {self.experts} is not a multiple of groups = {self.groups}: groups must be of "
-                "equal size"
+                f"MoE.experts = {self.experts} is not a multiple of groups = {self.groups}: groups must be "
+                "of equal size"
             )
         if self.groups_per_token > self.groups:
             raise ValueError(
