@@ -184,8 +184,8 @@ class GgufFile:
         kind = _TYPES.get(tensor.type)
         if kind is None:
             raise UserError(
-                f"{self.path}: the tensor {name} has type {_OTHERS.get(tensor.type, tensor.type)}, which is not "
-                f"supported ({', '.join(kind.name for kind in _TYPES.values())} are): "
+                f"{self.path}: the tensor {name} has type {_OTHERS.get(tensor.type, tensor.type)}, which is "
+                f"not supported ({', '.join(kind.name for kind in _TYPES.values())} are): "
                 "quantise the model to one of these"
             )
         shape, start, size = tensor.shape, tensor.start, tensor.bytes
@@ -264,16 +264,16 @@ class _Header:
             kind = _TYPES[number]
             if (shape or (1,))[-1] % kind.numbers:
                 raise self._damaged(
-                    f"the tensor {name} of type {kind.name} has rows of {shape[-1:]} numbers, which must be a "
-                    f"multiple of {kind.numbers}"
+                    f"the tensor {name} of type {kind.name} has rows of {shape[-1:]} numbers, which must "
+                    f"be a multiple of {kind.numbers}"
                 )
             size = math.prod(shape) // kind.numbers * kind.layout.itemsize
             if offset != end if end >= 0 else offset % alignment:
                 raise self._damaged(f"the tensor {name} has the offset {offset}, {max(end, 0)} is expected")
             if begin + offset + size > len(self._data):
                 raise UserError(
-                    f"{self._path} is cut off: the tensor {name} ends at byte {begin + offset + size}, the file "
-                    f"at {len(self._data)}; copy it again"
+                    f"{self._path} is cut off: the tensor {name} ends at byte {begin + offset + size}, the "
+                    f"file at {len(self._data)}; copy it again"
                 )
             tensors[name] = Tensor(shape, number, begin + offset, size)
             end = _up(offset + size, alignment)
@@ -297,8 +297,8 @@ class _Header:
     def _take(self, size: int, what: str) -> bytes:
         if size > len(self._data) - self._at:
             raise UserError(
-                f"{self._path} is cut off or damaged: {what} needs {size} bytes at byte {self._at}, and the file "
-                f"has {len(self._data)}; copy it again"
+                f"{self._path} is cut off or damaged: {what} needs {size} bytes at byte {self._at}, and the "
+                f"file has {len(self._data)}; copy it again"
             )
         self._at += size
         return self._data[self._at - size : self._at]
@@ -311,8 +311,8 @@ class _Header:
         count = self._number("Q", what)
         if count * least > len(self._data) - self._at:
             raise UserError(
-                f"{self._path} is cut off or damaged: {what}, at byte {self._at - 8}, is {count}, for which the "
-                f"file of {len(self._data)} bytes is too small; copy it again"
+                f"{self._path} is cut off or damaged: {what}, at byte {self._at - 8}, is {count}, for which "
+                f"the file of {len(self._data)} bytes is too small; copy it again"
             )
         return int(count)
 

@@ -6,17 +6,64 @@ names is an error.
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
+from t5style.models import convert_stream
+from t5style.models.config import TransformerConfig
+from t5style.models.convert_rows import Fields
+from t5style.models.families.registry import FAMILIES
 from t5style.models.gguf import DTYPES, GgufFile
+from t5style.models.gguf_metadata import Keys, decimal, rope_scaling
+from t5style.models.params import abstract_params, logical_axes
+from t5style.models.safetensors_files import some
+from t5style.parallel.rules import param_shardings
 from t5style.run_dir import UserError
 
 Reader = Callable[[str], np.ndarray]
+
+
+def load_gguf(
+    file: GgufFile | str | Path, dtype: str = "float32", *, mesh: Mesh | None = None, shardings: Any = None
+) -> tuple[TransformerConfig, Any]:
+    """Config and parameters of the model in a GGUF file, dequantised layer by layer.
+
+    Args:
+      file: the file, or where it is.
+      dtype: of the parameters and of the computation: 'float32', 'bfloat16' or 'float16'.
+      mesh: divides the parameters by the default rules of parallel/rules.py.
+      shardings: a tree of shardings like the parameters', instead of a mesh. Without both, all parameters are
+        on the default device.
+
+    Returns:
+      The config and the parameters, a tree of jax.Arrays.
+
+    Raises:
+      UserError: the file is damaged, or its architecture, a metadata key, a tensor or a tensor's type is not
+        one we honour. The sentence names it.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype = {dtype!r} is not one of {', '.join(DTYPES)}")
+    if mesh is not None and shardings is not None:
+        raise ValueError("give a mesh or shardings, not both")
+    file = file if isinstance(file, GgufFile) else GgufFile(file)
+    theirs, shapes, read = huggingface(file, dtype)
+    if theirs["model_type"] not in FAMILIES:
+        raise UserError(f"{file.path}: {theirs['model_type']} models are not supported yet")
+    family = FAMILIES[theirs["model_type"]]
+    config = family.config(Fields(theirs, str(file.path))).replace(dtype=dtype, param_dtype=dtype)
+    placed = convert_stream.place(config, family.rows(config), family.architecture)
+    used = convert_stream.check(placed, shapes, str(file.path), "metadata")
+    if left := sorted(set(shapes) - used):
+        raise UserError(f"{file.path} has {len(left)} tensors with no place in this model: {some(left)}")
+    if mesh is not None:
+        shardings = param_shardings(logical_axes(config), abstract_params(config), mesh)
+    return config, convert_stream.load(placed, read, dtype, shardings)
 
 
 def huggingface(
@@ -35,7 +82,7 @@ def huggingface(
       UserError: an architecture, a metadata key or a tensor that is not supported, or values that contradict
         the tensors.
     """
-    keys = _Keys(file)
+    keys = Keys(file)
     name = keys.architecture
     if name not in _ARCHITECTURES:
         raise keys.error(f"general.architecture = {name!r} is not supported; {', '.join(_ARCHITECTURES)} are")
@@ -94,7 +141,7 @@ class _Architecture:
       plus_one: 1 was added to the factors of norms.
     """
 
-    settings: Callable[["_Keys", dict[str, Any]], None]
+    settings: Callable[["Keys", dict[str, Any]], None]
     layer: Mapping[str, str] = dataclasses.field(default_factory=dict)
     interleaved: bool = False
     plus_one: bool = False
@@ -103,80 +150,19 @@ class _Architecture:
 # --- metadata ---
 
 
-class _Keys:
-    """The metadata of the model itself, `<architecture>.*`; what is not read is an error in the end."""
-
-    # Sizes that the tensors themselves say, and remarks.
-    _INERT = ("vocab_size", "rope.scaling.finetuned", "tensor_data_layout")
-
-    def __init__(self, file: GgufFile) -> None:
-        self.file = file
-        self.architecture = str(file.metadata.get("general.architecture"))
-        self._left = {
-            key.removeprefix(f"{self.architecture}."): value
-            for key, value in file.metadata.items()
-            if key.startswith(f"{self.architecture}.")
-        }
-        for key in self._INERT:
-            self._left.pop(key, None)
-
-    def get(self, key: str, kind: type, default: Any = None) -> Any:
-        """The value of a key, a whole number >= 0, a finite float, a string or a bool."""
-        value = self._left.pop(key, default)
-        if value is default:
-            return value
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        right = type(value) is kind and (kind not in (int, float) or 0 <= value < math.inf)
-        if not right:
-            shown = f"a list of {len(value)}" if isinstance(value, list) else repr(value)
-            raise self.error(f"{self.architecture}.{key} = {shown} is not supported, one {kind.__name__} is")
-        return value
-
-    def need(self, key: str, kind: type) -> Any:
-        """The value of a key that must be there."""
-        if key not in self._left:
-            raise self.error(f"the metadata lack {self.architecture}.{key}")
-        return self.get(key, kind)
-
-    def must_be(self, key: str, kind: type, *allowed: Any) -> None:
-        """Refuses values of a feature that we do not compute; absent is allowed."""
-        value = self.get(key, kind, allowed[0])
-        if not any(_close(value, one) for one in allowed):
-            raise self.error(
-                f"{self.architecture}.{key} = {value!r} is not supported; "
-                f"only {' or '.join(map(repr, allowed))} is"
-            )
-
-    def finish(self) -> None:
-        """Refuses what nobody read."""
-        if self._left:
-            names = sorted(self._left)
-            raise self.error(
-                f"the metadata {self.architecture}.{names[0]} = {self._left[names[0]]!r} is not one we honour"
-                + (f" (nor {', '.join(names[1:])})" if names[1:] else "")
-            )
-
-    def vector(self, name: str) -> np.ndarray | None:
-        """A tensor that holds settings, as float64, or None."""
-        return self.file.read(name).astype(np.float64) if name in self.file.tensors else None
-
-    def error(self, text: str) -> UserError:
-        """An error that names the file."""
-        return UserError(f"{self.file.path}: {text}")
-
-
-def _close(one: Any, other: Any) -> bool:
-    """Equality; numbers in the file are float32."""
-    if isinstance(one, float) and isinstance(other, int | float):
-        return math.isclose(one, other, rel_tol=1e-5)
-    return bool(one == other)
-
-
-def _common(keys: _Keys) -> dict[str, Any]:
+def _common(keys: Keys) -> dict[str, Any]:
     tensors = keys.file.tensors
     if "token_embd.weight" not in tensors:
         raise keys.error("the tensor token_embd.weight is missing")
+    if len(tensors["token_embd.weight"].shape) != 2:
+        raise keys.error("the tensor token_embd.weight is no matrix")
+    # First of all: a count that lies would be many layers to describe.
+    count = keys.need("block_count", int)
+    layers = {int(match[1]) for name in tensors if (match := re.match(r"blk\.(\d+)\.", name))}
+    if len(layers) != count or layers != set(range(count)):
+        raise keys.error(
+            f"{keys.architecture}.block_count = {count}, but there are tensors of {len(layers)} layers"
+        )
     heads = keys.need("attention.head_count", int)
     width = keys.need("embedding_length", int)
     if heads < 1:
@@ -185,18 +171,18 @@ def _common(keys: _Keys) -> dict[str, Any]:
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "hidden_size": width,
         "intermediate_size": keys.need("feed_forward_length", int),
-        "num_hidden_layers": keys.need("block_count", int),
+        "num_hidden_layers": count,
         "num_attention_heads": heads,
         "num_key_value_heads": keys.get("attention.head_count_kv", int, heads),
         "head_dim": keys.get("attention.key_length", int, width // heads),
         "max_position_embeddings": keys.need("context_length", int),
-        "rms_norm_eps": _decimal(keys.need("attention.layer_norm_rms_epsilon", float)),
-        "rope_theta": _decimal(keys.get("rope.freq_base", float, 10_000.0)),
+        "rms_norm_eps": decimal(keys.need("attention.layer_norm_rms_epsilon", float)),
+        "rope_theta": decimal(keys.get("rope.freq_base", float, 10_000.0)),
         "tie_word_embeddings": "output.weight" not in tensors,
     }
     keys.must_be("attention.value_length", int, config["head_dim"])
     keys.must_be("attention.causal", bool, True)
-    if (scaling := _rope_scaling(keys, config)) is not None:
+    if (scaling := rope_scaling(keys, config)) is not None:
         config["rope_scaling"] = scaling
     ids = {
         f"{name}_token_id": keys.file.metadata.get(f"tokenizer.ggml.{key}_token_id")
@@ -205,99 +191,10 @@ def _common(keys: _Keys) -> dict[str, Any]:
     return {"model_type": "", **config, **{name: value for name, value in ids.items() if value is not None}}
 
 
-def _decimal(value: float) -> float:
-    """The shortest decimal number that is this float32: 1e-05 and not 9.999999747378752e-06."""
-    return float(str(np.float32(value)))
-
-
-def _rope_scaling(keys: _Keys, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """rope_scaling of config.json."""
-    factor = keys.get("rope.scaling.factor", float, keys.get("rope.scale_linear", float))
-    kind = keys.get("rope.scaling.type", str, "linear" if factor else "none")
-    original = keys.get("rope.scaling.original_context_length", int)
-    attention = keys.get("rope.scaling.attn_factor", float)
-    divisors = keys.vector("rope_freqs.weight")
-    if divisors is not None:
-        if kind != "none":
-            raise keys.error(f"it has both rope_freqs.weight and rope.scaling.type = {kind!r}")
-        return _llama3(keys, divisors, config)
-    if kind == "longrope" or "rope_factors_long.weight" in keys.file.tensors:
-        return _longrope(keys, original, attention, config)
-    if kind == "none" or (kind == "linear" and factor in (None, 0.0, 1.0)):
-        return None
-    if kind not in ("linear", "yarn") or not factor:
-        raise keys.error(f"rope.scaling.type = {kind!r} with the factor {factor} is not supported")
-    scaling: dict[str, Any] = {"rope_type": kind, "factor": factor}
-    if kind == "yarn":
-        if original is None:
-            raise keys.error(f"{keys.architecture}.rope.scaling.original_context_length is missing")
-        scaling["original_max_position_embeddings"] = original
-        # ggml multiplies YaRN's own factor, 0.1 ln(factor) + 1, by these.
-        own = (attention or 1.0) * keys.get("rope.scaling.yarn_attn_factor", float, 1.0)
-        if not _close(own, 1.0):
-            scaling["attention_factor"] = own * (0.1 * math.log(factor) + 1.0)
-        for name, default in (("beta_fast", 32.0), ("beta_slow", 1.0)):
-            if not _close(value := keys.get(f"rope.scaling.yarn_{name}", float, default), default):
-                scaling[name] = value
-        keys.must_be("rope.scaling.yarn_ext_factor", float, 1.0)
-        keys.must_be("rope.scaling.yarn_log_multiplier", float, 0.0)
-    elif attention is not None and not _close(attention, 1.0):
-        raise keys.error(f"{keys.architecture}.rope.scaling.attn_factor = {attention} is not supported")
-    return scaling
-
-
-def _llama3(keys: _Keys, divisors: np.ndarray, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """LLaMA 3's settings, of which the file holds only what comes out: a divisor for each frequency."""
-    if (divisors == 1).all():
-        return None
-    factor = float(divisors.max())
-    width = config["head_dim"]
-    lengths = 2 * np.pi * config["rope_theta"] ** (np.arange(0, width, 2) / width)  # of a turn, in tokens
-    for original in (8192, 4096, 2048, 16384, 32768):
-        low, high = 1.0, 4.0
-        smooth = np.clip((original / lengths - low) / (high - low), 0, 1)
-        expected = 1 / ((1 - smooth) / factor + smooth)
-        if len(expected) == len(divisors) and np.allclose(expected, divisors, rtol=1e-4, atol=0):
-            return {
-                "rope_type": "llama3",
-                "factor": factor,
-                "low_freq_factor": low,
-                "high_freq_factor": high,
-                "original_max_position_embeddings": original,
-            }
-    raise keys.error(
-        "rope_freqs.weight is not what LLaMA 3's scaling gives (low_freq_factor 1, high_freq_factor 4): "
-        "not supported"
-    )
-
-
-def _longrope(
-    keys: _Keys, original: int | None, attention: float | None, config: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Phi-3's two lists of divisors."""
-    long, short = (keys.vector(f"rope_factors_{name}.weight") for name in ("long", "short"))
-    if long is None or short is None or not original:
-        raise keys.error(
-            "rope.scaling.type = 'longrope' needs rope_factors_long.weight, rope_factors_short.weight and "
-            f"{keys.architecture}.rope.scaling.original_context_length"
-        )
-    scale = config["max_position_embeddings"] / original
-    own = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
-    scaling: dict[str, Any] = {
-        "rope_type": "longrope",
-        "long_factor": [_decimal(value) for value in long],
-        "short_factor": [_decimal(value) for value in short],
-        "original_max_position_embeddings": original,
-    }
-    if attention is not None and not _close(attention, own):
-        scaling["attention_factor"] = attention
-    return scaling
-
-
 # --- architectures ---
 
 
-def _llama(keys: _Keys, config: dict[str, Any]) -> None:
+def _llama(keys: Keys, config: dict[str, Any]) -> None:
     """LLaMA, SmolLM, Mistral and, with experts, Mixtral: llama.cpp has one architecture for them."""
     keys.must_be("rope.dimension_count", int, config["head_dim"])
     experts = keys.get("expert_count", int, 0)
@@ -323,25 +220,25 @@ def _llama(keys: _Keys, config: dict[str, Any]) -> None:
         }
 
 
-def _qwen2(keys: _Keys, config: dict[str, Any]) -> None:
+def _qwen2(keys: Keys, config: dict[str, Any]) -> None:
     keys.must_be("rope.dimension_count", int, config["head_dim"])
     if config["head_dim"] * config["num_attention_heads"] == config["hidden_size"]:
         del config["head_dim"]  # Qwen 2 has no such field
     config |= {"model_type": "qwen2", "hidden_act": "silu"}
 
 
-def _qwen3(keys: _Keys, config: dict[str, Any]) -> None:
+def _qwen3(keys: Keys, config: dict[str, Any]) -> None:
     keys.must_be("rope.dimension_count", int, config["head_dim"])
     config |= {"model_type": "qwen3", "hidden_act": "silu", "attention_bias": False}
 
 
-def _gemma(keys: _Keys, config: dict[str, Any]) -> None:
+def _gemma(keys: Keys, config: dict[str, Any]) -> None:
     keys.must_be("rope.dimension_count", int, config["head_dim"])
     config |= {"model_type": "gemma", "hidden_activation": "gelu_pytorch_tanh", "attention_bias": False}
 
 
 def _query_scalar(config: Mapping[str, Any], largest: int) -> float:
-    """query_pre_attn_scalar, which files do not hold: the 27 B models, which have this many layers, differ."""
+    """query_pre_attn_scalar, which files do not hold: the 27 B models, with this many layers, differ."""
     if config["num_hidden_layers"] == largest:
         return config["hidden_size"] / config["num_attention_heads"]
     return config["head_dim"]
@@ -353,7 +250,7 @@ def _pattern(config: Mapping[str, Any], period: int) -> list[str]:
     return ["sliding_attention" if number % period else "full_attention" for number in layers]
 
 
-def _gemma2(keys: _Keys, config: dict[str, Any]) -> None:
+def _gemma2(keys: Keys, config: dict[str, Any]) -> None:
     _gemma(keys, config)
     config |= {
         "model_type": "gemma2",
@@ -365,7 +262,7 @@ def _gemma2(keys: _Keys, config: dict[str, Any]) -> None:
     }
 
 
-def _gemma3(keys: _Keys, config: dict[str, Any]) -> None:
+def _gemma3(keys: Keys, config: dict[str, Any]) -> None:
     _gemma(keys, config)
     period = keys.get("attention.sliding_window_pattern", int, 6)
     config |= {
@@ -374,11 +271,11 @@ def _gemma3(keys: _Keys, config: dict[str, Any]) -> None:
         "final_logit_softcapping": keys.get("final_logit_softcapping", float),
         "sliding_window": keys.need("attention.sliding_window", int),
         "layer_types": _pattern(config, max(period, 1)),
-        "rope_local_base_freq": _decimal(keys.get("rope.freq_base_swa", float, 10_000.0)),
+        "rope_local_base_freq": decimal(keys.get("rope.freq_base_swa", float, 10_000.0)),
     }
 
 
-def _phi3(keys: _Keys, config: dict[str, Any]) -> None:
+def _phi3(keys: Keys, config: dict[str, Any]) -> None:
     rotated = keys.get("rope.dimension_count", int, config["head_dim"])
     window = keys.get("attention.sliding_window", int, 0)
     scaling = config.get("rope_scaling")
@@ -457,6 +354,10 @@ def _sources(file: GgufFile, architecture: _Architecture, config: Mapping[str, A
             raise UserError(f"{file.path}: the tensor {name} has no place in a model of this architecture")
         theirs = f"model.layers.{match[1]}.{table[match[2]]}.{match[3]}"
         if "{}" in theirs:
+            if len(tensor.shape) < 2 or tensor.shape[0] != (experts := config.get("num_local_experts", 0)):
+                raise UserError(
+                    f"{file.path}: the tensor {name} has shape {list(tensor.shape)} for {experts} experts"
+                )
             for expert in range(tensor.shape[0]):
                 sources[theirs.format(expert)] = _Source(name, tensor.shape[1:], index=expert)
             continue
@@ -472,15 +373,9 @@ def _rotate_half(value: np.ndarray, heads: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(value.shape)
 
 
-def _check(keys: _Keys, config: Mapping[str, Any]) -> None:
+def _check(keys: Keys, config: Mapping[str, Any]) -> None:
     """Compares sizes in the metadata with the tensors: what they describe is going to be allocated."""
     tensors = keys.file.tensors
-    layers = {int(match[1]) for name in tensors if (match := re.match(r"blk\.(\d+)\.", name))}
-    count = config["num_hidden_layers"]
-    if len(layers) != count or layers != set(range(count)):
-        raise keys.error(
-            f"{keys.architecture}.block_count = {count}, but there are tensors of {len(layers)} layers"
-        )
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     width = config.get("head_dim", config["hidden_size"] // heads)
     if kv_heads < 1 or heads % kv_heads or width < 1:
@@ -497,5 +392,6 @@ def _check(keys: _Keys, config: Mapping[str, Any]) -> None:
     for name, shape in expected.items():
         if name in tensors and tensors[name].shape != shape:
             raise keys.error(
-                f"the tensor {name} has shape {list(tensors[name].shape)}, and its metadata make it {list(shape)}"
+                f"the tensor {name} has shape {list(tensors[name].shape)}, and its metadata "
+                f"make it {list(shape)}"
             )
