@@ -33,7 +33,9 @@ T5_EXTRA_IDS = 100  # transformers' default; spiece.model does not hold the sent
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """What a model is made of, as it lies on disk; `ids` None: those of the vocabulary."""
+    """What a model is made of, as it lies on disk; `ids` None: those of the vocabulary; `family`: the
+    model_type of the Hugging Face directory it comes from, None for others.
+    """
 
     config: TransformerConfig
     params: Any
@@ -41,6 +43,7 @@ class Stored:
     ids: TokenIds | None = None
     mesh: Mesh | None = None
     path: str = ""
+    family: str | None = None
 
     @property
     def encoder_decoder(self) -> bool:
@@ -130,12 +133,10 @@ def _load_huggingface(folder: epath.Path, dtype: str, mesh: Mesh | None) -> Stor
     generation = (
         _read_json(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {}
     )
-    config, params = convert.load_huggingface(os.fspath(folder), dtype)
-    if mesh is not None:
-        params = jax.device_put(params, param_shardings(logical_axes(config), params, mesh))
+    config, params = convert.load_huggingface(os.fspath(folder), dtype, mesh=mesh)
     vocabulary = _tokenizer(folder, config)
     ids = _huggingface_ids(folder, config, {**generation, **_without_none(described)}, vocabulary)
-    return Stored(config, params, vocabulary, ids, mesh, path=os.fspath(folder))
+    return Stored(config, params, vocabulary, ids, mesh, os.fspath(folder), described["model_type"])
 
 
 def _read_json(path: epath.Path) -> dict[str, Any]:
@@ -210,7 +211,7 @@ def save_huggingface(model: Stored, path: PathLike) -> None:
     else:
         extra["bos_token_id"] = model.ids.prefix
     also = None if model.vocabulary is None else functools.partial(_save_tokenizer, model)
-    convert.save_huggingface(path, model.config, model.params, extra=extra, also=also)
+    convert.save_huggingface(path, model.config, model.params, family=model.family, extra=extra, also=also)
 
 
 def _one_or_list(ids: tuple[int, ...]) -> int | list[int] | None:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,12 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from t5style.models.config import TransformerConfig
 from t5style.models.convert_rows import Row, Shape
 from t5style.models.params import abstract_params
-from t5style.models.safetensors_files import Planned, solid, some
+from t5style.models.safetensors_files import Planned, copy, solid, some
+from t5style.parallel.rules import path_name
 from t5style.run_dir import UserError
 
-Path = tuple[str, ...]
 Index = tuple[slice, ...]
+Made = TypeVar("Made")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Placed:
     """
 
     row: Row
-    paths: tuple[Path, ...]
+    paths: tuple[str, ...]
     shapes: tuple[Shape, ...]
     layers: tuple[int, ...] | None
     experts: int | None
@@ -77,12 +78,12 @@ def place(config: TransformerConfig, rows: Sequence[Row], model: str) -> list[Pl
       UserError: a parameter of the model has no row.
     """
     known = {
-        tuple(str(key.key) for key in keys): leaf.shape
+        path_name(keys): leaf.shape
         for keys, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config))
     }
     placed: list[Placed] = []
     for row in rows:
-        paths = tuple(tuple(path.split("/")) for path in row.paths)
+        paths = row.paths
         if not any(path in known for path in paths):
             continue
         assert all(path in known for path in paths), f"the model lacks some parameters of {row.paths}"
@@ -93,13 +94,13 @@ def place(config: TransformerConfig, rows: Sequence[Row], model: str) -> list[Pl
     claimed = [path for one in placed for path in one.paths]
     assert len(claimed) == len(set(claimed)), "two rows for one parameter"
     if left := sorted(set(known) - set(claimed)):
-        raise UserError(f"the parameter {'/'.join(left[0])} has no place in a Hugging Face {model}")
+        raise UserError(f"the parameter {left[0]} has no place in a Hugging Face {model}")
     return placed
 
 
-def _numbers(config: TransformerConfig, path: Path) -> tuple[int, ...]:
+def _numbers(config: TransformerConfig, path: str) -> tuple[int, ...]:
     """The number in its stack of each layer of a parameter: `<side>/layers` or `<side>/moe_layers`."""
-    side, tree, *_ = path
+    side, tree, *_ = path.split("/")
     kinds = enumerate(config.layers_of(side))
     return tuple(number for number, kind in kinds if kind.experts == (tree == "moe_layers"))
 
@@ -132,6 +133,19 @@ def check(
     return {name for name, _ in wanted}
 
 
+def _last(make: Callable[..., Made]) -> Callable[..., Made]:
+    """Keeps what the last call has made, and lets go of it before anything else is made."""
+    held: dict[tuple[int, ...], Made] = {}
+
+    def made(*key: int) -> Made:
+        if key not in held:
+            held.clear()
+            held[key] = make(*key)
+        return held[key]
+
+    return made
+
+
 # --- loading ---
 
 
@@ -146,34 +160,35 @@ def load(
       dtype: of the parameters.
       shardings: a tree of shardings like the parameters'; None: all on the default device.
     """
+    kind = jnp.dtype(dtype)
+
+    @_last  # the parameters of a row, and the devices, use it in turn
+    def unit(row: int, layer: int, expert: int) -> Sequence[np.ndarray]:
+        one = placed[row]
+        theirs = [read(name) for name in one.names(layer, expert)]
+        return one.row.transform.to_ours(theirs, one.unit_shapes)
+
+    def part(row: int, which: int, layer: int, index: Index) -> np.ndarray:
+        experts = placed[row].experts
+        if experts is None:
+            return solid(unit(row, layer, 0)[which][index], kind)
+        chosen = range(*index[0].indices(experts))
+        return np.stack([solid(unit(row, layer, expert)[which][index[1:]], kind) for expert in chosen])
+
     params: dict[str, Any] = {}
-    for one in placed:
-        # One unit is kept: the parameters of a row, and the devices, use it in turn.
-        @functools.lru_cache(maxsize=1)
-        def unit(layer: int, expert: int, one: Placed = one) -> Sequence[np.ndarray]:
-            theirs = [read(name) for name in one.names(layer, expert)]
-            return one.row.transform.to_ours(theirs, one.unit_shapes)
-
+    for row, one in enumerate(placed):
         for which, (path, shape) in enumerate(zip(one.paths, one.shapes, strict=True)):
-
-            def part(
-                layer: int, index: Index, one: Placed = one, which: int = which, unit: Any = unit
-            ) -> np.ndarray:
-                if one.experts is None:
-                    return solid(unit(layer, 0)[which][index], jnp.dtype(dtype))
-                experts = range(*index[0].indices(one.experts))
-                return np.stack(
-                    [solid(unit(layer, expert)[which][index[1:]], jnp.dtype(dtype)) for expert in experts]
-                )
-
-            sharding = shardings
-            for key in path if shardings is not None else ():
-                sharding = sharding[key]
+            *folders, name = path.split("/")
+            sharding, tree = shardings, params
+            for key in folders:
+                sharding = None if sharding is None else sharding[key]
+                tree = tree.setdefault(key, {})
+            sharding = None if sharding is None else sharding[name]
+            of_leaf = functools.partial(part, row, which)
             if one.layers is None:
-                leaf = _make(shape, sharding, functools.partial(part, 0))
+                tree[name] = _make(shape, sharding, functools.partial(of_leaf, 0))
             else:
-                leaf = _make_stacked(shape, jnp.dtype(dtype), sharding, part)
-            _put(params, path, leaf)
+                tree[name] = _make_stacked(shape, kind, sharding, of_leaf)
     return params
 
 
@@ -227,12 +242,6 @@ def _writer(sharding: Sharding | None) -> Callable[[jax.Array, jax.Array, Any], 
     return jax.jit(write, donate_argnums=0)
 
 
-def _put(tree: dict[str, Any], path: Path, value: Any) -> None:
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = value
-
-
 # --- saving ---
 
 
@@ -243,65 +252,71 @@ def plan(placed: Sequence[Placed], params: Any) -> list[Planned]:
     whole are gathered, a layer at a time. Only process 0 gets the values; the others get empty arrays.
     """
     known = {path for one in placed for path in one.paths}
-    leaves = {
-        tuple(str(key.key) for key in keys): leaf
-        for keys, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
+    leaves = {path_name(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(params)}
     shapes = {path: shape for one in placed for path, shape in zip(one.paths, one.shapes, strict=True)}
     if odd := sorted(set(leaves) - known):
-        raise UserError(f"the parameter {'/'.join(odd[0])} has no place in this Hugging Face model")
+        raise UserError(f"the parameter {odd[0]} has no place in this Hugging Face model")
     for path, shape in shapes.items():
         if path not in leaves:
-            raise UserError(f"the parameter {'/'.join(path)} is missing")
+            raise UserError(f"the parameter {path} is missing")
         if tuple(leaves[path].shape) != shape:
             raise UserError(
-                f"the parameter {'/'.join(path)} has shape {list(leaves[path].shape)}; "
+                f"the parameter {path} has shape {list(leaves[path].shape)}; "
                 f"the config makes it {list(shape)}"
             )
-    planned = []
-    for one in placed:
-        mine = [leaves[path] for path in one.paths]
 
-        @functools.lru_cache(maxsize=1)
-        def layer_of(layer: int, one: Placed = one, mine: Any = mine) -> list[np.ndarray]:
-            return [_fetch(leaf, None if one.layers is None else layer) for leaf in mine]
+    @_last  # the tensors of a row use it in turn
+    def fetched(row: int, layer: int) -> list[np.ndarray]:
+        one = placed[row]
+        return [_fetch(leaves[path], None if one.layers is None else layer) for path in one.paths]
 
-        @functools.lru_cache(maxsize=1)
-        def unit(layer: int, expert: int, one: Placed = one, layer_of: Any = layer_of) -> Any:
-            ours = layer_of(layer)
-            if jax.process_index() != 0:
-                return [np.empty(0)] * len(one.row.names)
-            return one.row.transform.to_theirs(ours if one.experts is None else [x[expert] for x in ours])
+    @_last
+    def unit(row: int, layer: int, expert: int) -> Sequence[np.ndarray]:
+        one, ours = placed[row], fetched(row, layer)
+        if jax.process_index() != 0:
+            return [np.empty(0)] * len(one.row.names)
+        return one.row.transform.to_theirs(ours if one.experts is None else [x[expert] for x in ours])
 
-        dtype = np.dtype(mine[0].dtype)
-        for at in one.units():
-            for which, (name, shape) in enumerate(zip(one.names(*at), one.their_shapes, strict=True)):
-                make = functools.partial(lambda unit, at, which: unit(*at)[which], unit, at, which)
-                planned.append(Planned(name, shape, dtype, make))
-    return planned
+    def make(row: int, layer: int, expert: int, which: int) -> np.ndarray:
+        return unit(row, layer, expert)[which]
+
+    return [
+        Planned(name, shape, np.dtype(leaves[one.paths[0]].dtype), functools.partial(make, row, *at, which))
+        for row, one in enumerate(placed)
+        for at in one.units()
+        for which, (name, shape) in enumerate(zip(one.names(*at), one.their_shapes, strict=True))
+    ]
 
 
 def _fetch(leaf: Any, layer: int | None) -> np.ndarray:
     """A layer of a parameter, or all of it, on the host; of process 0 if it takes several to know it."""
     if not isinstance(leaf, jax.Array):
         return np.asarray(leaf if layer is None else leaf[layer])
-    at = 0
-    if layer is None:
-        piece = jnp.copy(leaf)[None]  # an array keeps the host's copy that was made of it: this one goes away
-    else:
+    at = None
+    if layer is not None:
         local = leaf.sharding.shard_shape(leaf.shape)[0]
-        piece = _reader(leaf.sharding)(leaf, np.int32(layer % local))
         at = layer // local
-    if not piece.is_fully_addressable:
-        mesh = leaf.sharding.mesh
-        piece = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))(piece)
-        return np.asarray(piece.addressable_data(0))[at] if jax.process_index() == 0 else np.empty(0)
-    value = np.empty(piece.shape[1:], piece.dtype)
-    for shard in piece.addressable_shards:
-        first, last, _ = shard.index[0].indices(piece.shape[0])
-        if shard.replica_id == 0 and first <= at < last:
-            value[shard.index[1:]] = np.asarray(shard.data)[at - first]
+        leaf = _reader(leaf.sharding)(leaf, np.int32(layer % local))
+    if not leaf.is_fully_addressable:
+        assert isinstance(leaf.sharding, NamedSharding)
+        leaf = _gather(NamedSharding(leaf.sharding.mesh, PartitionSpec()))(leaf)
+        if jax.process_index() != 0:
+            return np.empty(0)
+    value = np.empty(leaf.shape if at is None else leaf.shape[1:], leaf.dtype)
+    for shard in leaf.addressable_shards[:1] if leaf.is_fully_replicated else leaf.addressable_shards:
+        if at is None:
+            # An array keeps the host's copy that is made of it: this one goes away.
+            copy(value[shard.index], np.asarray(jnp.copy(shard.data)))
+            continue
+        first, last, _ = shard.index[0].indices(leaf.shape[0])
+        if first <= at < last:
+            copy(value[shard.index[1:]], np.asarray(shard.data)[at - first])
     return value
+
+
+@functools.cache
+def _gather(whole: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda x: x, out_shardings=whole)
 
 
 @functools.cache

