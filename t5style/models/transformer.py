@@ -15,7 +15,7 @@ from t5style.nn import platform
 from t5style.nn.cache import LayerCache, slots_of
 from t5style.nn.parameter import Named, is_named, named, unbox
 from t5style.nn.positions import rotary_angles
-from t5style.nn.projection import Projection, project
+from t5style.nn.projection import Projection, project, project_int8
 from t5style.nn.stack import run_layers, unstack
 from t5style.parallel.rules import constrain
 
@@ -271,6 +271,11 @@ class Transformer(nn.Module):
                     bias=c.head_bias,
                 )
 
+    @property
+    def _embedding_scale(self) -> jax.Array:
+        """Of an int8 embedding, f32 `[vocab]`."""
+        return self.get_variable("params", "embedding_scale")
+
     def _table(self, name: str, rows: int | None) -> jax.Array:
         c = self.config
         which = {"length": "position_embedding", "token_types": "token_type_embedding"}[name]
@@ -288,6 +293,9 @@ class Transformer(nn.Module):
         c = self.config
         dtype = jnp.dtype(c.dtype)
         x = jnp.take(self.embedding, tokens, axis=0, mode="clip").astype(dtype)
+        if self.embedding.dtype == jnp.int8:
+            scale = jnp.take(self._embedding_scale, tokens, axis=0, mode="clip")
+            x = x * scale[..., None].astype(dtype)
         if c.scale_embeddings:
             x = x * jnp.asarray(c.d_model**0.5, dtype)
         if c.token_types:
@@ -359,7 +367,9 @@ class Transformer(nn.Module):
         c = self.config
         if c.scale_logits:
             hidden = hidden * jnp.asarray(c.d_model**-0.5, hidden.dtype)
-        if c.tie_embeddings:
+        if c.tie_embeddings and self.embedding.dtype == jnp.int8:
+            logits = project_int8(hidden, self.embedding.T, self._embedding_scale, out_dtype=jnp.float32)
+        elif c.tie_embeddings:
             logits = project(hidden, self.embedding.T, precision=c.precision, out_dtype=jnp.float32)
         else:
             logits = self.head(hidden)

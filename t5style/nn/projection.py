@@ -1,6 +1,7 @@
 """The one place every product with a weight passes; precision and dtypes are decided here."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -41,8 +42,44 @@ def project(
     return product.astype(out_dtype or x.dtype).reshape(*batch, *outer)
 
 
+def project_int8(
+    x: jax.Array, kernel: jax.Array, scale: jax.Array, *, contracted: int = 1, out_dtype: Any = None
+) -> jax.Array:
+    """As `project`, of an int8 kernel, whose columns are multiplied by scale f32 `[*outer]`.
+
+    x is rounded to int8 too, each token by the largest of its values (W8A8 with dynamic scales; Dettmers et
+    al. 2022, section 2.1), so that the product is one of integers.
+    """
+    batch, outer = x.shape[: x.ndim - contracted], kernel.shape[contracted:]
+    wide = x.reshape(math.prod(batch), -1).astype(jnp.float32)  # [tokens, inner]
+    unit = jnp.maximum(jnp.abs(wide).max(axis=1, keepdims=True), 1e-12) / 127  # [tokens, 1]
+    small = jnp.round(wide / unit).astype(jnp.int8)
+    tokens = len(small)
+    if tokens == 1 and platform.platform() == "cpu":  # XLA's product of one row of integers is a slow loop
+        small = jnp.concatenate([small, small])
+    product = jax.lax.dot_general(
+        small,
+        kernel.reshape(small.shape[1], -1),
+        (((1,), (0,)), ((), ())),
+        preferred_element_type=jnp.int32,
+    )[:tokens]
+    product = product.astype(jnp.float32) * unit * scale.reshape(-1)
+    return product.astype(out_dtype or x.dtype).reshape(*batch, *outer)
+
+
+def quantize_int8(kernel: jax.Array, inner: Sequence[int]) -> tuple[jax.Array, jax.Array]:
+    """An int8 kernel and the f32 scales of its columns, of shape `kernel.shape` without the dimensions
+    `inner`, which are summed over.
+    """
+    wide = kernel.astype(jnp.float32)
+    scale = jnp.maximum(jnp.abs(wide).max(axis=tuple(inner), keepdims=True), 1e-12) / 127
+    return jnp.round(wide / scale).astype(jnp.int8), jnp.squeeze(scale, tuple(inner))
+
+
 class Projection(nn.Module):
     """A learned linear map: `[..., *inner] -> [..., *outer]`, kernel `[*inner, *outer]`, bias `[*outer]`.
+
+    A kernel that is given in int8 has its scales beside it: kernel_scale f32 `[*outer]`.
 
     Attributes:
       inner, outer: sizes of the dimensions summed over and of those made.
@@ -73,11 +110,12 @@ class Projection(nn.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., *inner] -> [..., *outer]`."""
-        product = project(
-            x,
-            self.kernel,
-            contracted=len(self.inner),
-            precision=self.precision,
-            out_dtype=self.out_dtype and jnp.dtype(self.out_dtype),
-        )
+        contracted, out_dtype = len(self.inner), self.out_dtype and jnp.dtype(self.out_dtype)
+        if self.kernel.dtype == jnp.int8:
+            scale = self.get_variable("params", "kernel_scale")
+            product = project_int8(x, self.kernel, scale, contracted=contracted, out_dtype=out_dtype)
+        else:
+            product = project(
+                x, self.kernel, contracted=contracted, precision=self.precision, out_dtype=out_dtype
+            )
         return product + self.offset.astype(product.dtype) if self.bias else product
