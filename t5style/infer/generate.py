@@ -12,8 +12,8 @@ from etils import epath
 
 from t5style import console
 from t5style.infer import model as model_lib
-from t5style.infer import sampling
 from t5style.infer.batch import check_batch_size
+from t5style.infer.settings import Settings
 from t5style.parallel.mesh import MeshConfig
 from t5style.run_dir import RunDir, UserError, atomic_write
 
@@ -64,7 +64,7 @@ class Generate:
         check_batch_size(self.batch_size)
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}: give at least 1")
-        sampling.Sampling.of(1, self.temperature, self.top_k, self.top_p)
+        Settings(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
     def inputs(self) -> Sequence[str]:
         """The model and the prompts file."""

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from t5style.corpus.vocabulary import Vocabulary
-from t5style.infer import decoding, programs, storage
+from t5style.infer import programs, scoring, storage
+from t5style.infer.answers import Completion, Stream, answer_all, completion
 from t5style.infer.batch import (
     batch_bucket,
     bucket,
@@ -23,24 +24,17 @@ from t5style.infer.batch import (
     check_texts,
     check_tokens,
     on_mesh,
-    pad_rows,
     put,
 )
+from t5style.infer.decoding import Answer
+from t5style.infer.engine import Engine
 from t5style.infer.ids import TokenIds, token_ids
-from t5style.infer.sampling import Sampling
+from t5style.infer.settings import Fields, Settings, settings_of
 from t5style.models.config import TransformerConfig
 from t5style.parallel.rules import Rules
 from t5style.run_dir import PathLike, UserError
 
 BATCH_SIZE = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """An answer: its text and its token ids, without end-of-sequence and padding."""
-
-    text: str
-    tokens: list[int]
 
 
 class Model:
@@ -53,6 +47,7 @@ class Model:
       ids: token ids with a meaning to decoding.
       mesh: the devices it is spread over; None for one device.
       path: where it was loaded from.
+      cache_dtype: of the keys and values that decoding keeps; None: as the model computes.
     """
 
     def __init__(
@@ -64,6 +59,7 @@ class Model:
         mesh: Mesh | None = None,
         rules: Rules | None = None,
         path: str = "",
+        cache_dtype: str | None = None,
     ) -> None:
         if vocabulary is not None and vocabulary.vocab_size > config.vocab_size:
             raise UserError(
@@ -73,7 +69,8 @@ class Model:
         if ids is None:
             ids = TokenIds() if vocabulary is None else token_ids(vocabulary)
         self.config, self.params, self.vocabulary, self.ids = config, params, vocabulary, ids
-        self.mesh, self.rules, self.path = mesh, rules, path
+        self.mesh, self.rules, self.path, self.cache_dtype = mesh, rules, path, cache_dtype
+        self._engine: Engine | None = None
 
     def __repr__(self) -> str:
         return f"Model({self.path!r}, {self.config.architecture}, vocabulary={self.vocabulary!r})"
@@ -103,10 +100,10 @@ class Model:
         Raises:
           ValueError: wrong shapes or dtypes, ids outside the vocabulary, encoder inputs missing or unwanted.
         """
-        decoder, decoder_mask = self._check("tokens", tokens, mask)
+        decoder, decoder_mask = self.check("tokens", tokens, mask)
         batch = {"decoder_input_tokens": decoder, "decoder_segment_ids": decoder_mask}
         if encoder_tokens is not None:
-            encoder, encoder_mask = self._check("encoder_tokens", encoder_tokens, encoder_mask)
+            encoder, encoder_mask = self.check("encoder_tokens", encoder_tokens, encoder_mask)
             if len(encoder) != len(decoder):
                 raise ValueError(f"encoder_tokens has {len(encoder)} rows but tokens {len(decoder)}")
             batch |= {"encoder_input_tokens": encoder, "encoder_segment_ids": encoder_mask}
@@ -116,7 +113,7 @@ class Model:
                 if self.encoder_decoder
                 else "this model is decoder-only: it takes no encoder_tokens"
             )
-        return self._run(programs.logits, batch)[: len(decoder), : decoder.shape[1]]
+        return self.run(programs.logits, batch)[: len(decoder), : decoder.shape[1]]
 
     def token_scores(self, batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """How well the model foretells a batch's targets.
@@ -140,113 +137,123 @@ class Model:
         rows, length = arrays["decoder_target_tokens"].shape
         for name in [name for name in arrays if name.endswith("input_tokens")]:
             arrays.setdefault(name.replace("input_tokens", "segment_ids"), np.ones_like(arrays[name]))
-        scores, correct = jax.device_get(self._run(programs.token_scores, arrays))
+        scores, correct = jax.device_get(self.run(programs.token_scores, arrays))
         return scores[:rows, :length], correct[:rows, :length]
 
     def generate_tokens(
         self,
         tokens: Any,
         mask: Any = None,
-        max_new_tokens: int = 128,
-        temperature: float | Sequence[float] = 0.0,
-        top_k: int | Sequence[int] = 0,
-        top_p: float | Sequence[float] = 1.0,
-        seed: int | Sequence[int] = 0,
-        eos_id: int | Sequence[int] | None = None,
+        max_new_tokens: int | Sequence[int] | None = None,
+        settings: Settings | Sequence[Settings] | None = None,
+        **fields: Unpack[Fields],
     ) -> np.ndarray:
-        """New tokens, int32 `[batch, max_new_tokens]`; after a row's end-of-sequence token everything is
-        padding.
+        """New tokens, int32 `[answers, max_new_tokens]`: each row up to and with the token that ended it,
+        then padding.
 
         Args:
           tokens: int `[batch, length]`: the encoder's inputs of an encoder-decoder, else prompts as they
             enter it.
           mask: 1 = real token, padding on either side; None: all real.
-          max_new_tokens: at least 1.
-          temperature: 0 is greedy.
-          top_k: keep the k most probable tokens; 0 keeps all.
-          top_p: keep the smallest set of most probable tokens whose probability reaches p; 1 keeps all.
-          seed: one number s (row i then has the seed s + i) or one for each row. A row's answer depends on
-            its own prompt, settings and seed only.
-          eos_id: token or tokens that end an answer; None: the model's own; -1: nothing does.
+          max_new_tokens: at least 1; None: the settings' (128).
+          settings: how to answer, one for all rows or one for each; None: greedily (see Settings).
+          **fields: fields of Settings that shall be different: `temperature=0.7`; numbers may be lists, one
+            for each row. A single seed s gives row i the seed s + i.
 
         Raises:
           ValueError: a value outside its limits; a row without a real token; more positions than the model
             was made for.
         """
-        array, real = self._check("tokens", tokens, mask)
+        array, real = self.check("tokens", tokens, mask)
         prompts = [row[keep != 0] for row, keep in zip(array, real, strict=True)]
-        return self._decode(prompts, max_new_tokens, temperature, top_k, top_p, seed, eos_id)
+        rows = self._settings(prompts, max_new_tokens, settings, fields)
+        answers = self._answers(prompts, rows, sum(row.n for row in rows))
+        out = np.full((len(answers), max(row.max_new_tokens for row in rows)), self.ids.pad, np.int32)
+        for row, (answer, _) in zip(out, answers, strict=True):
+            new = answer.tokens + ([] if answer.end is None else [answer.end])
+            row[: len(new)] = new
+        return out
 
     # -------------------------------------------------------------------------------------------------- texts
 
     def generate(
         self,
         prompts: Sequence[str],
-        max_new_tokens: int = 128,
-        temperature: float | Sequence[float] = 0.0,
-        top_k: int | Sequence[int] = 0,
-        top_p: float | Sequence[float] = 1.0,
-        seed: int | Sequence[int] = 0,
+        max_new_tokens: int | Sequence[int] | None = None,
+        settings: Settings | Sequence[Settings] | None = None,
+        *,
         batch_size: int = BATCH_SIZE,
+        **fields: Unpack[Fields],
     ) -> list[str]:
-        """Answers to prompts, as text; see generate_tokens for the settings, and `complete` for token ids
-        too.
+        """Answers to prompts, as text, n for each; see `generate_tokens` for the settings, and `complete`
+        for more than the text.
         """
-        answers = self.complete(prompts, max_new_tokens, temperature, top_k, top_p, seed, batch_size)
+        answers = self.complete(prompts, max_new_tokens, settings, batch_size=batch_size, **fields)
         return [answer.text for answer in answers]
 
     def complete(
         self,
         prompts: Sequence[str],
-        max_new_tokens: int = 128,
-        temperature: float | Sequence[float] = 0.0,
-        top_k: int | Sequence[int] = 0,
-        top_p: float | Sequence[float] = 1.0,
-        seed: int | Sequence[int] = 0,
+        max_new_tokens: int | Sequence[int] | None = None,
+        settings: Settings | Sequence[Settings] | None = None,
+        *,
         batch_size: int = BATCH_SIZE,
+        **fields: Unpack[Fields],
     ) -> list[Completion]:
-        """As generate, with the token ids. `<extra_id_k>` in an encoder's prompt is sentinel k."""
-        vocabulary = self._vocabulary()
-        rows = [self._prompt(text, i) for i, text in enumerate(check_texts("prompts", prompts))]
-        answers = self.complete_tokens(rows, max_new_tokens, temperature, top_k, top_p, seed, batch_size)
-        return [Completion(vocabulary.decode(answer), answer) for answer in answers]
+        """As generate, with token ids, why the answer ended, and log-probabilities where they are asked for.
+
+        The n answers to a prompt follow each other. `<extra_id_k>` in an encoder's prompt is sentinel k.
+        """
+        vocabulary = self.text_vocabulary()
+        rows = [self.prompt_ids(text, i) for i, text in enumerate(check_texts("prompts", prompts))]
+        answers = self._answers(rows, self._settings(rows, max_new_tokens, settings, fields), batch_size)
+        return [
+            completion(answer, vocabulary.decode(answer.tokens) if text is None else text)
+            for answer, text in answers
+        ]
 
     def complete_tokens(
         self,
         prompts: Sequence[np.ndarray],
-        max_new_tokens: int = 128,
-        temperature: float | Sequence[float] = 0.0,
-        top_k: int | Sequence[int] = 0,
-        top_p: float | Sequence[float] = 1.0,
-        seed: int | Sequence[int] = 0,
+        max_new_tokens: int | Sequence[int] | None = None,
+        settings: Settings | Sequence[Settings] | None = None,
+        *,
         batch_size: int = BATCH_SIZE,
+        **fields: Unpack[Fields],
     ) -> list[list[int]]:
         """New tokens, without end-of-sequence and padding, for prompts of any lengths: int arrays [length].
 
         Prompts of similar length are decoded together, `batch_size` at a time; settings as for
         generate_tokens.
         """
-        check_batch_size(batch_size)
-        settings = Sampling.of(len(prompts), temperature, top_k, top_p, seed)
-        sizes = [bucket(len(prompt)) for prompt in prompts]
-        order = sorted(range(len(prompts)), key=sizes.__getitem__)
-        answers: list[list[int]] = [[] for _ in prompts]
-        while order:
-            chosen = [i for i in order[:batch_size] if sizes[i] == sizes[order[0]]]
-            order = order[len(chosen) :]
-            out = self._decode(
-                [prompts[i] for i in chosen],
-                max_new_tokens,
-                settings.temperature[chosen],
-                settings.top_k[chosen],
-                settings.top_p[chosen],
-                settings.seed[chosen],
-                None,
-            )
-            for i, new in zip(chosen, out, strict=True):
-                ends = np.flatnonzero(np.isin(new, self.ids.eos))
-                answers[i] = new[: ends[0]].tolist() if len(ends) else new.tolist()
-        return answers
+        rows = self._settings(prompts, max_new_tokens, settings, fields)
+        return [answer.tokens for answer, _ in self._answers(prompts, rows, batch_size)]
+
+    def stream(
+        self,
+        prompt: str | Sequence[int] | np.ndarray,
+        max_new_tokens: int | None = None,
+        settings: Settings | None = None,
+        **fields: Unpack[Fields],
+    ) -> Stream:
+        """The answer to one prompt, a piece of text at a time: `for piece in m.stream("Once"): ...`.
+
+        Args:
+          prompt: a text, or token ids as they enter the model.
+          max_new_tokens, settings, **fields: as for generate_tokens; n must be 1.
+
+        Returns:
+          an iterator of texts, whose `completion` is the whole answer when they have ended.
+        """
+        vocabulary = self.text_vocabulary()
+        if isinstance(prompt, str):
+            ids = self.prompt_ids(prompt, 0)
+        else:
+            ids = self.check("prompt", np.asarray(prompt)[None], None)[0][0]
+        (row,) = self._settings([ids], max_new_tokens, settings, fields)
+        if row.n != 1:
+            raise ValueError(f"n is {row.n}: a stream is one answer, call complete for several")
+        return Stream(self.engine, ids, row, vocabulary)
 
     def score(
         self,
@@ -267,31 +274,7 @@ class Model:
           eos: whether the end-of-sequence token counts as a target; None: for an encoder-decoder it does, as
             in T5's targets; for a decoder-only model it does not, since a continuation need not end there.
         """
-        check_batch_size(batch_size)
-        vocabulary = self._vocabulary()
-        sources, wanted = (
-            check_texts("inputs", inputs, empty=True),
-            check_texts("targets", targets, empty=True),
-        )
-        if len(sources) != len(wanted):
-            raise ValueError(f"{len(sources)} inputs but {len(wanted)} targets: give as many of each")
-        if eos is None:
-            eos = self.encoder_decoder
-        if eos and not self.ids.eos:
-            raise ValueError("this model has no end-of-sequence token: call score with eos=False")
-        ending = list(self.ids.eos[:1]) if eos else []
-        pairs = []
-        for i, (source, target) in enumerate(zip(sources, wanted, strict=True)):
-            answer = vocabulary.encode(target, sentinels=self.encoder_decoder) + ending
-            if not answer:
-                raise ValueError(f"target {i} is empty: there is no token to score")
-            pairs.append((self._prompt(source, i, "input", empty=True), np.asarray(answer, np.int32)))
-        order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
-        result = np.zeros(len(pairs))
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            result[chosen] = self._score([pairs[i] for i in chosen])
-        return result
+        return scoring.score(self, inputs, targets, batch_size, eos)
 
     def embed(self, inputs: Any, mask: Any = None, batch_size: int = BATCH_SIZE) -> np.ndarray:
         """Embeddings, float32 `[batch, d_model]`: the mean of the encoder's outputs over the real tokens.
@@ -308,25 +291,7 @@ class Model:
         Raises:
           ValueError: the model is decoder-only.
         """
-        if not self.encoder_decoder:
-            raise ValueError("this model is decoder-only and has no encoder: embed needs an encoder-decoder")
-        check_batch_size(batch_size)
-        if len(inputs) and isinstance(inputs[0], str):
-            if mask is not None:
-                raise ValueError("embed takes a mask with token arrays only, not with texts")
-            rows = [self._prompt(text, i, "input") for i, text in enumerate(check_texts("inputs", inputs))]
-        else:
-            array, real = self._check("inputs", inputs, mask)
-            rows = [row[keep != 0] for row, keep in zip(array, real, strict=True)]
-        result = np.zeros((len(rows), self.config.d_model), np.float32)
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            longest = bucket(max(len(rows[i]) for i in chosen))
-            tokens, real = pad_rows([rows[i] for i in chosen], len(chosen), longest, self.ids.pad)
-            batch = {"encoder_input_tokens": tokens, "encoder_segment_ids": real}
-            result[chosen] = jax.device_get(self._run(programs.embed, batch))[: len(chosen)]
-        return result
+        return scoring.embed(self, inputs, mask, batch_size)
 
     # --------------------------------------------------------------------------------------------------- disk
 
@@ -343,7 +308,7 @@ class Model:
 
     # ------------------------------------------------------------------------------------------------ helpers
 
-    def _vocabulary(self) -> Vocabulary:
+    def text_vocabulary(self) -> Vocabulary:
         if self.vocabulary is None:
             raise ValueError(
                 f"the model {self.path} has no tokenizer, so it cannot read or write text: put one into its "
@@ -351,9 +316,9 @@ class Model:
             )
         return self.vocabulary
 
-    def _prompt(self, text: str, number: int, what: str = "prompt", empty: bool = False) -> np.ndarray:
+    def prompt_ids(self, text: str, number: int, what: str = "prompt", empty: bool = False) -> np.ndarray:
         """Ids of an input text as the encoder or the decoder-only model reads it, int32 [length]."""
-        ids = self._vocabulary().encode(text, sentinels=self.encoder_decoder)
+        ids = self.text_vocabulary().encode(text, sentinels=self.encoder_decoder)
         if self.encoder_decoder:
             ids = ids + list(self.ids.eos[:1])  # T5's inputs are closed
         elif self.ids.prefix is not None:
@@ -362,10 +327,10 @@ class Model:
             raise ValueError(f"{what} {number} is empty: give a text of at least one token")
         return np.asarray(ids, np.int32)
 
-    def _check(self, name: str, tokens: Any, mask: Any) -> tuple[np.ndarray, np.ndarray]:
+    def check(self, name: str, tokens: Any, mask: Any) -> tuple[np.ndarray, np.ndarray]:
         return check_tokens(name, tokens, mask, self.config.vocab_size, self.ids.pad)
 
-    def _run(self, program: Any, batch: dict[str, np.ndarray]) -> Any:
+    def run(self, program: Any, batch: dict[str, np.ndarray]) -> Any:
         """Runs a program on a batch, padded to buckets: lengths always, rows where a mesh asks for it."""
         rows = next(iter(batch.values())).shape[0]
         ways = 1 if self.mesh is None else batch_bucket(rows, self.mesh)
@@ -376,84 +341,73 @@ class Model:
         with on_mesh(self.mesh, self.rules):
             return program(self.config, self.params, put(padded, self.mesh))
 
-    def _decode(
+    @property
+    def engine(self) -> Engine:
+        """What decodes; made when it is first asked for."""
+        if self._engine is None or self._engine.params is not self.params:
+            self._engine = Engine(self.config, self.params, self.ids, self.mesh, self.rules, self.cache_dtype)
+        return self._engine
+
+    def _settings(
         self,
         prompts: Sequence[np.ndarray],
-        max_new_tokens: int,
-        temperature: Any,
-        top_k: Any,
-        top_p: Any,
-        seed: Any,
-        eos_id: int | Sequence[int] | None,
-    ) -> np.ndarray:
-        if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}: give a whole number of at least 1")
-        for i, prompt in enumerate(prompts):
+        max_new_tokens: Any,
+        settings: Settings | Sequence[Settings] | None,
+        fields: Any,
+    ) -> list[Settings]:
+        """The settings of each prompt, checked with it and against the model; all banned texts as tokens."""
+        if not self.config.decoder_layers:
+            raise ValueError("this model is encoder-only: it embeds texts, and cannot generate")
+        changes = dict(fields) if max_new_tokens is None else {**fields, "max_new_tokens": max_new_tokens}
+        rows = settings_of(len(prompts), settings, changes)
+        for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
             if not len(prompt):
                 raise ValueError(
                     f"row {i} has no real token: give at least one, and a mask that is not all 0"
                 )
-            used = len(prompt) + (0 if self.encoder_decoder else int(max_new_tokens))
-            if (limit := self.config.context_length) is not None and used > limit:
+            self._check_length(i, len(prompt), row.max_new_tokens)
+        return [self._with_tokens(row) for row in rows]
+
+    def _check_length(self, number: int, length: int, new: int) -> None:
+        limit = self.config.context_length
+        used = length + (0 if self.encoder_decoder else new)
+        if limit is None or used <= limit:
+            return
+        raise ValueError(
+            f"prompt {number} has {length} tokens"
+            + ("" if self.encoder_decoder else f", with max_new_tokens {new} that is {used}")
+            + f", but the model was made for {limit} positions: shorten the prompt"
+            + ("" if self.encoder_decoder else " or lower max_new_tokens")
+        )
+
+    def _with_tokens(self, row: Settings) -> Settings:
+        for token in row.tokens():
+            if not 0 <= token < self.config.vocab_size:
                 raise ValueError(
-                    f"prompt {i} has {len(prompt)} tokens"
-                    + (
-                        ""
-                        if self.encoder_decoder
-                        else f", with max_new_tokens {max_new_tokens} that is {used}"
-                    )
-                    + f", but the model was made for {limit} positions: shorten the prompt"
-                    + ("" if self.encoder_decoder else " or lower max_new_tokens")
+                    f"logit_bias, stop_tokens or banned holds the id {token}: the model has ids from 0 to "
+                    f"{self.config.vocab_size - 1}"
                 )
-        eos = (
-            self.ids.eos
-            if eos_id is None
-            else (eos_id,)
-            if isinstance(eos_id, int | np.integer)
-            else tuple(eos_id)
-        )
-        request = decoding.Request(
-            prompts=prompts,
-            max_new_tokens=int(max_new_tokens),
-            sampling=Sampling.of(len(prompts), temperature, top_k, top_p, seed),
-            eos_ids=[int(token) for token in eos],
-            pad_id=self.ids.pad,
-            start_id=self.ids.start,
-        )
-        return decoding.decode(self.config, self.params, request, self.mesh, self.rules)
+        if row.stop:
+            self.text_vocabulary()
+        if not any(isinstance(item, str) for item in row.banned):
+            return row
+        encode = self.text_vocabulary().encode
+        banned: list[Any] = []
+        for item in row.banned:
+            banned += [encode(item), encode(" " + item)] if isinstance(item, str) else [item]
+        return dataclasses.replace(row, banned=banned)
 
-    def _score(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-        """Summed log-likelihoods float64 [pairs] of (prompt ids, target ids)."""
-        n, pad = len(pairs), self.ids.pad
-        if self.encoder_decoder:
-            sources = [source for source, _ in pairs]
-            starts = [np.r_[np.int32(self.ids.start), target[:-1]] for _, target in pairs]
-            goals = [target for _, target in pairs]
-        else:
-            sources = []
-            starts = [np.r_[source, target[:-1]] for source, target in pairs]
-            goals = [np.r_[source[1:], target] for source, target in pairs]
-        length = bucket(max(map(len, goals)))
-        inputs, mask = pad_rows(starts, n, length, pad)
-        batch = {
-            "decoder_input_tokens": inputs,
-            "decoder_target_tokens": pad_rows(goals, n, length, pad)[0],
-            "decoder_segment_ids": mask,
-        }
-        if sources:
-            width = bucket(max(map(len, sources)))
-            tokens, mask = pad_rows(sources, n, width, pad)
-            batch |= {"encoder_input_tokens": tokens, "encoder_segment_ids": mask}
-        scores, _ = self.token_scores(batch)
-        return np.asarray(
-            [
-                row[len(goal) - len(target) : len(goal)].astype(np.float64).sum()
-                for row, goal, (_, target) in zip(scores, goals, pairs, strict=True)
-            ]
-        )
+    def _answers(
+        self, prompts: Sequence[np.ndarray], settings: Sequence[Settings], batch_size: int
+    ) -> list[tuple[Answer, str | None]]:
+        """Answers in the order of the prompts, and their texts where they have stop texts."""
+        check_batch_size(batch_size)
+        batches = answer_all(self.engine, prompts, settings, self.vocabulary, batch_size)
+        found = [answer for batch in batches for answer in batch]
+        return sorted(found, key=lambda pair: (pair[0].request, pair[0].sample))
 
 
-def load(path: PathLike, dtype: Any = None, mesh: Any = None) -> Model:
+def load(path: PathLike, dtype: Any = None, mesh: Any = None, cache_dtype: str | None = None) -> Model:
     """Loads a model for use.
 
     Args:
@@ -463,11 +417,18 @@ def load(path: PathLike, dtype: Any = None, mesh: Any = None) -> Model:
         Hugging Face directory.
       mesh: what to spread the model over: a MeshConfig takes this process's devices, a jax Mesh its own;
         None: one device.
+      cache_dtype: of the keys and values that decoding keeps; None: as the model computes.
 
     Raises:
       UserError: there is no model at the path, it is damaged, or its vocabulary does not fit it.
     """
     stored = storage.load(path, dtype, mesh)
     return Model(
-        stored.config, stored.params, stored.vocabulary, stored.ids, mesh=stored.mesh, path=stored.path
+        stored.config,
+        stored.params,
+        stored.vocabulary,
+        stored.ids,
+        mesh=stored.mesh,
+        path=stored.path,
+        cache_dtype=cache_dtype,
     )

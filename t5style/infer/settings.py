@@ -25,7 +25,6 @@ Constraint = Callable[[], Allowed]
 class Fields(TypedDict, total=False):
     """Fields of Settings as Model's methods take them: numbers may be given for each request."""
 
-    max_new_tokens: int | Sequence[int]
     temperature: float | Sequence[float]
     top_k: int | Sequence[int]
     top_p: float | Sequence[float]
@@ -148,7 +147,7 @@ class Settings:
             raise ValueError(f"n is {self.n}: give 1 to {MAX_ANSWERS} answers for each prompt")
         if self.n > 1 and self.temperature == 0:
             raise ValueError(
-                f"n is {self.n} and temperature 0: greedy answers are all the same, give a temperature above 0"
+                f"n is {self.n} and temperature 0: greedy answers are all the same, give a temperature > 0"
             )
         if self.logprobs is not None:
             _whole("logprobs", self.logprobs)

@@ -6,13 +6,18 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from t5style.infer import decoding
+from t5style.infer import decoding, engine
 from t5style.infer.model import Model
 from t5style.parallel.mesh import MeshConfig
 from tests.infer.conftest import tiny
 
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(3, 264, n) for n in (3, 9, 14, 17)]
+
+
+def compiled():
+    """Programs compiled so far for prompts and steps."""
+    return sum(p._cache_size() for p in (engine._start, engine._read, decoding._begin, decoding._advance))
 
 
 def padded(rows, side):
@@ -40,7 +45,7 @@ def without_cache(model: Model, prompt, steps):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_greedy_equals_argmax_without_a_cache(model, side):
     tokens, mask = padded(PROMPTS, side)
-    new = model.generate_tokens(tokens, mask, max_new_tokens=12, eos_id=-1)
+    new = model.generate_tokens(tokens, mask, max_new_tokens=12, stop_tokens=())
     assert new.shape == (4, 12)
     assert new.dtype == np.int32
     for row, prompt in zip(new, PROMPTS, strict=True):
@@ -50,10 +55,10 @@ def test_greedy_equals_argmax_without_a_cache(model, side):
 
 def test_after_the_end_token_comes_padding(model):
     tokens, mask = padded(PROMPTS, "left")
-    free = model.generate_tokens(tokens, mask, max_new_tokens=12, eos_id=-1)
+    free = model.generate_tokens(tokens, mask, max_new_tokens=12, stop_tokens=())
     end = int(free[1, 4])
-    stopped = model.generate_tokens(tokens, mask, max_new_tokens=12, eos_id=end)
-    several = model.generate_tokens(tokens, mask, max_new_tokens=12, eos_id=[end, int(free[0, 6])])
+    stopped = model.generate_tokens(tokens, mask, max_new_tokens=12, stop_tokens=[end])
+    several = model.generate_tokens(tokens, mask, max_new_tokens=12, stop_tokens=[end, int(free[0, 6])])
     for ends, result in (((end,), stopped), ((end, int(free[0, 6])), several)):
         for before, after in zip(free, result, strict=True):
             places = np.flatnonzero(np.isin(before, ends))
@@ -67,13 +72,14 @@ def test_nothing_recompiles_within_a_bucket(model):
     def run(lengths, new, **settings):
         tokens, mask = padded([np.resize(PROMPTS[3], n) for n in lengths], "right")
         model.generate_tokens(tokens, mask, max_new_tokens=new, **settings)
-        return decoding._program._cache_size()
+        return compiled()
 
     before = run([20, 25, 31], 20)
     assert run([17, 32, 18], 32) == before
     assert run([17, 32, 18, 30], 17) == before  # 3 rows take the place of 4
-    assert run([30, 30, 30], 25, eos_id=9, temperature=0.0, top_k=3, seed=5) == before
-    assert run([33, 17, 18], 20) == before + 1  # another bucket is another program: the count does count
+    assert run([30, 30, 30], 25, stop_tokens=[9], temperature=0.0, top_k=3, seed=5) == before
+    # Another bucket is other programs, one for the prompt and one for the steps: the count does count.
+    assert run([33, 17, 18], 20) == before + 2
     sampled = run([20, 25, 31], 20, temperature=1.0)
     assert run([21, 26, 32], 21, temperature=0.3, seed=9) == sampled
 
@@ -99,7 +105,7 @@ def test_samples_follow_the_models_distribution(model):
 
 def test_a_request_gets_the_same_answer_whatever_else_is_in_the_batch(model):
     tokens, mask = padded(PROMPTS, "right")
-    settings = {"max_new_tokens": 8, "temperature": 0.8, "top_p": 0.9, "eos_id": -1}
+    settings = {"max_new_tokens": 8, "temperature": 0.8, "top_p": 0.9, "stop_tokens": ()}
     together = model.generate_tokens(tokens, mask, seed=[5, 6, 7, 8], **settings)
     reverse = model.generate_tokens(tokens[::-1], mask[::-1], seed=[8, 7, 6, 5], **settings)
     assert reverse[::-1].tolist() == together.tolist()
@@ -125,8 +131,10 @@ def test_the_same_answers_on_a_mesh(model, mesh):
     params = jax.device_put(model.params, param_shardings(logical_axes(model.config), model.params, built))
     spread = Model(model.config, params, model.vocabulary, mesh=built)
     tokens, mask = padded(PROMPTS[:3], "left")
-    expected = model.generate_tokens(tokens, mask, max_new_tokens=6, eos_id=-1)
-    assert spread.generate_tokens(tokens, mask, max_new_tokens=6, eos_id=-1).tolist() == expected.tolist()
+    expected = model.generate_tokens(tokens, mask, max_new_tokens=6, stop_tokens=())
+    assert (
+        spread.generate_tokens(tokens, mask, max_new_tokens=6, stop_tokens=()).tolist() == expected.tolist()
+    )
     kwargs = {"encoder_tokens": tokens, "encoder_mask": mask} if model.encoder_decoder else {}
     decoder = (tokens[:, :4],) if model.encoder_decoder else (tokens, mask)
     np.testing.assert_allclose(spread.logits(*decoder, **kwargs), model.logits(*decoder, **kwargs), atol=2e-4)
@@ -138,7 +146,7 @@ def test_bfloat16_decodes_as_it_scores():
     """
     kind = tiny("decoder_only")
     half = Model(kind.config.replace(dtype="bfloat16"), kind.params, kind.vocabulary)
-    new = half.generate_tokens([PROMPTS[1]], max_new_tokens=8, eos_id=-1)[0]
+    new = half.generate_tokens([PROMPTS[1]], max_new_tokens=8, stop_tokens=())[0]
     logits = np.asarray(half.logits([np.r_[PROMPTS[1], new[:-1]]]))[0, len(PROMPTS[1]) - 1 :]
     assert (logits.max(axis=-1) - logits[np.arange(8), new] < 0.15).all()
 

@@ -103,7 +103,7 @@ def test_texts_are_tokenized_as_in_training(model):
         assert answer[i].text == model.vocabulary.decode(answer[i].tokens)
     assert model.generate(["hello"], 8) == [answer[0].text]
     if model.encoder_decoder:
-        assert model._prompt("<extra_id_0>", 0).tolist() == [model.vocabulary.sentinel_id(0), 1]
+        assert model.prompt_ids("<extra_id_0>", 0).tolist() == [model.vocabulary.sentinel_id(0), 1]
 
 
 def test_batching_changes_no_answer(model):

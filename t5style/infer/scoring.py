@@ -1,0 +1,100 @@
+"""Scores of given targets, and embeddings: what Model.score and Model.embed do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from t5style.infer import programs
+from t5style.infer.batch import bucket, check_batch_size, check_texts, pad_rows
+
+if TYPE_CHECKING:
+    from t5style.infer.model import Model
+
+
+def score(
+    model: Model, inputs: Sequence[str], targets: Sequence[str], batch_size: int, eos: bool | None
+) -> np.ndarray:
+    """See Model.score."""
+    check_batch_size(batch_size)
+    vocabulary = model.text_vocabulary()
+    sources, wanted = (
+        check_texts("inputs", inputs, empty=True),
+        check_texts("targets", targets, empty=True),
+    )
+    if len(sources) != len(wanted):
+        raise ValueError(f"{len(sources)} inputs but {len(wanted)} targets: give as many of each")
+    if eos is None:
+        eos = model.encoder_decoder
+    if eos and not model.ids.eos:
+        raise ValueError("this model has no end-of-sequence token: call score with eos=False")
+    ending = list(model.ids.eos[:1]) if eos else []
+    pairs = []
+    for i, (source, target) in enumerate(zip(sources, wanted, strict=True)):
+        answer = vocabulary.encode(target, sentinels=model.encoder_decoder) + ending
+        if not answer:
+            raise ValueError(f"target {i} is empty: there is no token to score")
+        pairs.append((model.prompt_ids(source, i, "input", empty=True), np.asarray(answer, np.int32)))
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
+    result = np.zeros(len(pairs))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        result[chosen] = _score(model, [pairs[i] for i in chosen])
+    return result
+
+
+def embed(model: Model, inputs: Any, mask: Any, batch_size: int) -> np.ndarray:
+    """See Model.embed."""
+    if not model.config.encoder_layers:
+        raise ValueError("this model is decoder-only and has no encoder: embed needs an encoder-decoder")
+    check_batch_size(batch_size)
+    if len(inputs) and isinstance(inputs[0], str):
+        if mask is not None:
+            raise ValueError("embed takes a mask with token arrays only, not with texts")
+        rows = [model.prompt_ids(text, i, "input") for i, text in enumerate(check_texts("inputs", inputs))]
+    else:
+        array, real = model.check("inputs", inputs, mask)
+        rows = [row[keep != 0] for row, keep in zip(array, real, strict=True)]
+    result = np.zeros((len(rows), model.config.d_model), np.float32)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        longest = bucket(max(len(rows[i]) for i in chosen))
+        tokens, real = pad_rows([rows[i] for i in chosen], len(chosen), longest, model.ids.pad)
+        batch = {"encoder_input_tokens": tokens, "encoder_segment_ids": real}
+        result[chosen] = jax.device_get(model.run(programs.embed, batch))[: len(chosen)]
+    return result
+
+
+def _score(model: Model, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Summed log-likelihoods float64 [pairs] of (prompt ids, target ids)."""
+    n, pad = len(pairs), model.ids.pad
+    if model.encoder_decoder:
+        sources = [source for source, _ in pairs]
+        starts = [np.r_[np.int32(model.ids.start), target[:-1]] for _, target in pairs]
+        goals = [target for _, target in pairs]
+    else:
+        sources = []
+        starts = [np.r_[source, target[:-1]] for source, target in pairs]
+        goals = [np.r_[source[1:], target] for source, target in pairs]
+    length = bucket(max(map(len, goals)))
+    inputs, mask = pad_rows(starts, n, length, pad)
+    batch = {
+        "decoder_input_tokens": inputs,
+        "decoder_target_tokens": pad_rows(goals, n, length, pad)[0],
+        "decoder_segment_ids": mask,
+    }
+    if sources:
+        width = bucket(max(map(len, sources)))
+        tokens, mask = pad_rows(sources, n, width, pad)
+        batch |= {"encoder_input_tokens": tokens, "encoder_segment_ids": mask}
+    scores, _ = model.token_scores(batch)
+    return np.asarray(
+        [
+            row[len(goal) - len(target) : len(goal)].astype(np.float64).sum()
+            for row, goal, (_, target) in zip(scores, goals, pairs, strict=True)
+        ]
+    )
