@@ -126,7 +126,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
         header = json.loads(text.decode(), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise damaged(f"its header is not valid: {str(error)[:200]}") from error
-    if not isinstance(header, dict):
+    if not isinstance(header, dict) or not text.startswith(b"{"):
         raise damaged("its header is not a JSON object")
     header.pop("__metadata__", None)
     start, end = 8 + length, 0
