@@ -11,6 +11,7 @@ import pytest
 from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec
 
 from t5style.nn import activations, grouped, platform
 from t5style.nn.moe import (
@@ -25,7 +26,7 @@ from t5style.nn.moe import (
 from t5style.nn.parameter import is_named, normal, unbox
 from t5style.nn.settings import MoE
 from t5style.parallel.mesh import MeshConfig
-from t5style.parallel.rules import param_shardings, use_mesh
+from t5style.parallel.rules import Rules, param_shardings, spec, use_mesh
 from tests.nn.moe_families import (
     EXPERTS,
     FAMILIES,
@@ -384,6 +385,9 @@ def test_parameters_and_their_names():
     assert names["experts/output/kernel"] == (("expert", "mlp", "embed"), (8, 6, WIDTH))
     assert names["experts/output/bias"] == (("expert", "embed"), (8, WIDTH))
     assert names["shared_gate/kernel"] == (("embed", "one"), (WIDTH, 1))
+    mesh = MeshConfig(data=1, fsdp=2, tensor=2, expert=2).build()
+    assert spec(("embed", "one"), (WIDTH, 1), mesh, Rules()) == PartitionSpec("fsdp")
+    assert spec(*names["experts/output/kernel"], mesh, Rules()) == PartitionSpec("expert", "tensor", "fsdp")
     want = jax.tree.map(np.shape, weights(moe, SWIGLU))
     assert jax.tree.map(np.shape, unbox(boxes)) == want
 
