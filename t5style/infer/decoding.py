@@ -7,8 +7,8 @@ How it is built, for those who add to it:
 - `Engine` (engine.py) holds what decoding needs of a model. `engine.prefill(prompts, room)` reads prompts (in
   chunks of CHUNK tokens) and returns a `Prefilled`: the cache, with room for `room` more tokens, and the
   logits f32 [rows, vocab] of what comes first; rows are padded to `Prefilled.batch`.
-  `engine.forward(tokens, cache)` feeds int32 [rows, count] and returns logits f32 [rows, count, vocab] and the
-  cache (donated: the one given is gone). Beam search and speculative decoding are loops of their own on
+  `engine.forward(tokens, cache)` feeds int32 [rows, count] and returns logits f32 [rows, count, vocab] and
+  the cache (donated: the one given is gone). Beam search and speculative decoding are loops of their own on
   these, or compile `forward(config, variables, tokens, cache)` into one.
 - The cache is opaque. `take_rows(cache, rows)` repeats or reorders its rows (every array in it has the rows
   first, scalars are shared).

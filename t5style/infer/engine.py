@@ -55,7 +55,7 @@ def _forward(
     return forward(config, variables, tokens, cache)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "slots", "dtype"))
+@functools.partial(jax.jit, static_argnames=("config", "slots", "dtype", "ring"))
 def _start(
     config: TransformerConfig,
     variables: Any,
@@ -64,6 +64,7 @@ def _start(
     *,
     slots: int,
     dtype: str | None,
+    ring: bool,
 ) -> tuple[jax.Array, Cache]:
     """Logits after the first chunk of the prompts (of an encoder-decoder: after the start token, the prompts
     encoded), and the cache.
@@ -71,7 +72,7 @@ def _start(
     tokens, mask = arrays["tokens"], arrays["mask"]
     batch = len(tokens)
     if not config.encoder_layers:
-        cache = init_cache(config, batch, slots, dtype=dtype)
+        cache = init_cache(config, batch, slots, dtype=dtype, chunk=tokens.shape[1] if ring else None)
         return last_logits(config, variables, tokens, cache, mask)
     encoded = Transformer(config).apply(
         variables, tokens, segment_ids=mask, method="encode"
@@ -144,10 +145,11 @@ class Engine:
         with on_mesh(self.mesh, self.rules):
             return {"params": _unstacked(self.config, self.params)}
 
-    def prefill(self, prompts: Sequence[np.ndarray], room: int) -> Prefilled:
+    def prefill(self, prompts: Sequence[np.ndarray], room: int, ring: bool = True) -> Prefilled:
         """Reads prompts, int arrays [length] of at least one token; `room` tokens may follow in the cache.
 
-        An encoder-decoder encodes them, and its decoder reads the start token.
+        An encoder-decoder encodes them, and its decoder reads the start token. ring: layers with a window
+        forget what no later token sees; this needs all tokens that follow to be real, one or a few at a time.
         """
         batch = batch_bucket(len(prompts), self.mesh)
         longest = max(map(len, prompts))
@@ -173,6 +175,7 @@ class Engine:
                         start_id,
                         slots=slots + room,
                         dtype=self.cache_dtype,
+                        ring=ring,
                     )
                 else:
                     logits, cache = _read(self.config, self.variables, arrays, cache)

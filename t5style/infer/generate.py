@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from etils import epath
 
 from t5style import console
 from t5style.infer import model as model_lib
+from t5style.infer.answers import Completion
 from t5style.infer.batch import check_batch_size
 from t5style.infer.settings import Settings
 from t5style.parallel.mesh import MeshConfig
@@ -20,25 +22,42 @@ from t5style.run_dir import RunDir, UserError, atomic_write
 OUTPUT = "generations.jsonl"
 PARTIAL = "generations.partial.jsonl"
 PROMPT_FIELDS = ("prompt", "inputs")
+SETTINGS = tuple(field.name for field in dataclasses.fields(Settings) if field.name != "constraint")
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A line of the prompts file: the text, its own settings, and what else stands in it."""
+
+    text: str
+    settings: Settings
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class Generate:
     """Answers prompts with a model and writes `generations.jsonl`, one line for each prompt, in their order.
 
-    A line holds "index", "prompt", "output", "seed" and, under "fields", what else stood in the prompt's
-    line. Finished batches are appended to `generations.partial.jsonl`; a job that was stopped goes on behind
-    them, and the file gets its final name when all are done.
+    A line of the prompts file may have settings of its own under the names below ("temperature",
+    "max_new_tokens", "stop", "seed", "n" and so on), which then go before the job's.
+
+    A line of the answers holds "index", "prompt", "seed", "settings" (those that are not Settings' defaults),
+    and under "fields" what else stood in the prompt's line; then "output", "finish_reason" ("stop" or
+    "length") and "new_tokens", and where logprobs is given "score", "tokens", "logprobs" and "top_logprobs"
+    (infer.answers.Completion says what they are). With n > 1 these stand in each entry of the list "answers".
+    Finished batches are appended to `generations.partial.jsonl`; a job that was stopped goes on behind them,
+    and the file gets its final name when all are done.
 
     Attributes:
       model: a run folder, a checkpoint folder inside it, or a Hugging Face directory.
       prompts_file: JSON lines with the text in "prompt" or "inputs".
       prompts: the prompts themselves; instead of prompts_file.
-      max_new_tokens: at most so many tokens for each answer.
-      temperature, top_k, top_p: see infer.sampling.Sampling; temperature 0 is greedy.
+      max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty,
+      frequency_penalty, n, logprobs, stop, stop_tokens, logit_bias, banned: see infer.settings.Settings.
       seed: prompt number i samples with the seed `seed + i`, so an answer does not depend on the batch.
-      batch_size: prompts answered at a time.
+      batch_size: answers made at a time.
       dtype: compute and parameter type ("bfloat16", "float32"); None: as the model was trained.
+      cache_dtype: of the keys and values that decoding keeps; None: as the model computes.
       mesh: how to spread the model over this machine's devices; None: one device.
     """
 
@@ -49,9 +68,20 @@ class Generate:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     seed: int = 0
+    n: int = 1
+    logprobs: int | None = None
+    stop: str | Sequence[str] = ()
+    stop_tokens: Sequence[int] | None = None
+    logit_bias: Mapping[int, float] | None = None
+    banned: Sequence[str | int | Sequence[int]] = ()
     batch_size: int = 16
     dtype: str | None = None
+    cache_dtype: str | None = None
     mesh: MeshConfig | None = None
 
     distributed: ClassVar[bool] = False
@@ -62,9 +92,16 @@ class Generate:
         if (self.prompts_file is None) == (not self.prompts):
             raise ValueError("give either prompts_file (JSON lines) or prompts (a list of strings), not both")
         check_batch_size(self.batch_size)
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}: give at least 1")
-        Settings(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+        self.settings()
+
+    def settings(self, number: int = 0, own: Mapping[str, Any] | None = None) -> Settings:
+        """How prompt number `number` is answered; own: settings of its line."""
+        given = {name: getattr(self, name) for name in SETTINGS}
+        given |= {"seed": self.seed + number, "logit_bias": self.logit_bias or {}}
+        given |= {
+            name: value for name, value in (own or {}).items() if name in SETTINGS and value is not None
+        }
+        return Settings(**given)
 
     def inputs(self) -> Sequence[str]:
         """The model and the prompts file."""
@@ -72,70 +109,101 @@ class Generate:
 
     def __call__(self, run: RunDir) -> dict[str, Any]:
         """Runs the job in `run.path`; returns {"prompts", "new_tokens"}."""
-        records = (
-            read_prompts(self.prompts_file) if self.prompts_file else [{"prompt": p} for p in self.prompts]
-        )
+        if self.prompts_file:
+            prompts = self._read(self.prompts_file)
+        else:
+            prompts = [Prompt(text, self.settings(i)) for i, text in enumerate(self.prompts)]
         partial, output = run.path / PARTIAL, run.path / OUTPUT
         lines = _finished_lines(output if output.exists() else partial)
-        for line, record in zip(lines, records, strict=False):
-            if line["prompt"] != record["prompt"] or line["seed"] != self.seed + line["index"]:
+        for i, (line, prompt) in enumerate(zip(lines, prompts, strict=False)):
+            if {name: line.get(name) for name in _question(i, prompt)} != _question(i, prompt):
                 raise UserError(
-                    f"{run.path} holds answers to other prompts (number {line['index']} differs): "
+                    f"{run.path} holds answers to other prompts or settings (number {i} differs): "
                     "choose another run folder, or delete its generations*.jsonl"
                 )
-        if len(lines) > len(records):
+        if len(lines) > len(prompts):
             raise UserError(
-                f"{run.path} holds {len(lines)} answers, but there are only {len(records)} prompts: "
+                f"{run.path} holds {len(lines)} answers, but there are only {len(prompts)} prompts: "
                 "choose another run folder, or delete its generations*.jsonl"
             )
-        if len(lines) < len(records):
+        if len(lines) < len(prompts):
             console.say(
-                f"Generating for {len(records):,} prompts with {self.model}"
+                f"Generating for {len(prompts):,} prompts with {self.model}"
                 + (f", {len(lines):,} of them done before" if lines else "")
             )
-            self._answer(records, lines, partial)
+            self._answer(prompts, lines, partial)
         if not output.exists():
             partial.replace(output)
         console.say(f"Answers: {output}")
-        return {"prompts": len(records), "new_tokens": sum(line["new_tokens"] for line in lines)}
+        return {"prompts": len(prompts), "new_tokens": sum(map(_new_tokens, lines))}
 
-    def _answer(
-        self, records: Sequence[dict[str, Any]], lines: list[dict[str, Any]], partial: epath.Path
-    ) -> None:
-        """Answers records from number len(lines) on, appends them to the partial file and to `lines`."""
-        model = model_lib.load(self.model, dtype=self.dtype, mesh=self.mesh)
-        with console.progress("generate", len(records), "prompts", start=len(lines)) as bar:
-            while len(lines) < len(records):
+    def _read(self, path: str) -> list[Prompt]:
+        """The prompts of a file, each with its settings; UserError names the line of a bad one."""
+        prompts = []
+        for index, (number, record) in enumerate(read_prompts(path)):
+            try:
+                settings = self.settings(index, record)
+            except (TypeError, ValueError) as error:
+                raise UserError(f"{path}:{number}: {error}") from None
+            rest = {k: v for k, v in record.items() if k not in PROMPT_FIELDS and k not in SETTINGS}
+            prompts.append(Prompt(record["prompt"], settings, rest))
+        return prompts
+
+    def _answer(self, prompts: Sequence[Prompt], lines: list[dict[str, Any]], partial: epath.Path) -> None:
+        """Answers prompts from number len(lines) on, appends them to the partial file and to `lines`."""
+        model = model_lib.load(self.model, dtype=self.dtype, mesh=self.mesh, cache_dtype=self.cache_dtype)
+        with console.progress("generate", len(prompts), "prompts", start=len(lines)) as bar:
+            began, tokens = time.monotonic(), 0
+            while len(lines) < len(prompts):
                 start = len(lines)
-                batch = records[start : start + self.batch_size]
-                seeds = [self.seed + start + i for i in range(len(batch))]
+                batch = prompts[start : start + self.batch_size]
                 answers = model.complete(
-                    [record["prompt"] for record in batch],
-                    max_new_tokens=self.max_new_tokens,
-                    temperature=self.temperature,
-                    top_k=self.top_k,
-                    top_p=self.top_p,
-                    seed=seeds,
+                    [prompt.text for prompt in batch],
+                    settings=[prompt.settings for prompt in batch],
                     batch_size=self.batch_size,
                 )
-                fresh = [
-                    {
-                        "index": start + i,
-                        "prompt": record["prompt"],
-                        "output": answer.text,
-                        "new_tokens": len(answer.tokens),
-                        "seed": seed,
-                        "fields": {k: v for k, v in record.items() if k not in PROMPT_FIELDS},
-                    }
-                    for i, (record, answer, seed) in enumerate(zip(batch, answers, seeds, strict=True))
-                ]
+                fresh = []
+                for i, prompt in enumerate(batch):
+                    own = [_told(answer) for answer in answers if answer.request == i]
+                    answer = own[0] if prompt.settings.n == 1 else {"answers": own}
+                    fresh.append({**_question(start + i, prompt), **answer, "fields": dict(prompt.fields)})
                 _append(partial, fresh)
                 lines += fresh
-                bar.advance(len(fresh), new_tokens=sum(len(answer.tokens) for answer in answers))
+                tokens += sum(map(_new_tokens, fresh))
+                rate = {"tokens/s": tokens / max(time.monotonic() - began, 1e-9)}
+                bar.advance(len(fresh), new_tokens=tokens, **rate)
 
 
-def read_prompts(path: str) -> list[dict[str, Any]]:
-    """Records of a JSON-lines file, the text of each under "prompt".
+def _question(index: int, prompt: Prompt) -> dict[str, Any]:
+    """What a line of the answers says of its prompt; a finished one must say the same to be kept."""
+    settings = {
+        name: value
+        for name in SETTINGS
+        if name != "seed" and (value := getattr(prompt.settings, name)) != getattr(Settings(), name)
+    }
+    said = {"index": index, "prompt": prompt.text, "seed": prompt.settings.seed, "settings": settings}
+    return dict(json.loads(json.dumps(said)))  # lists and texts as keys, as they are read back
+
+
+def _told(answer: Completion) -> dict[str, Any]:
+    told: dict[str, Any] = {
+        "output": answer.text,
+        "finish_reason": answer.finish_reason,
+        "new_tokens": len(answer.tokens),
+    }
+    if answer.logprobs is not None:
+        told |= {"score": answer.score, "tokens": answer.tokens, "logprobs": answer.logprobs}
+    if answer.top_logprobs is not None:
+        told["top_logprobs"] = answer.top_logprobs
+    return told
+
+
+def _new_tokens(line: Mapping[str, Any]) -> int:
+    return sum(answer["new_tokens"] for answer in line.get("answers", [line]))
+
+
+def read_prompts(path: str) -> list[tuple[int, dict[str, Any]]]:
+    """Line numbers and records of a JSON-lines file, the text of each under "prompt".
 
     Raises UserError naming file and line for what is no JSON object with a non-empty text in "prompt" or
     "inputs".
@@ -163,7 +231,7 @@ def read_prompts(path: str) -> list[dict[str, Any]]:
         prompt = record[name]
         if not isinstance(prompt, str) or not prompt:
             raise UserError(f"{path}:{number}: {name!r} is {prompt!r}: give a text that is not empty")
-        records.append({**record, "prompt": prompt})
+        records.append((number, {**record, "prompt": prompt}))
     if not records:
         raise UserError(f"the prompts file {path!r} is empty: write one JSON object on each line")
     return records
