@@ -301,6 +301,7 @@ def _fetch(leaf: Any, layer: int | None) -> np.ndarray:
         assert isinstance(leaf.sharding, NamedSharding)
         leaf = _gather(NamedSharding(leaf.sharding.mesh, PartitionSpec()))(leaf)
         if jax.process_index() != 0:
+            leaf.block_until_ready()  # else gathered layers pile up on the devices
             return np.empty(0)
     value = np.empty(leaf.shape if at is None else leaf.shape[1:], leaf.dtype)
     for shard in leaf.addressable_shards[:1] if leaf.is_fully_replicated else leaf.addressable_shards:
