@@ -47,8 +47,3 @@ class Norm(nn.Module):
         if self.bias:
             wide = wide + self.param("bias", named(zeros, self.names), shape, dtype).astype(jnp.float32)
         return wide.astype(x.dtype)
-
-
-def RMSNorm(epsilon: float, param_dtype: str = "float32") -> Norm:  # noqa: N802
-    """Norm of kind 'rms'."""
-    return Norm("rms", epsilon, param_dtype=param_dtype)

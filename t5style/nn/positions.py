@@ -4,10 +4,12 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from t5style.nn import platform
 from t5style.nn.parameter import Init, named
+from t5style.nn.settings import RopeScaling
 
 
 def relative_bucket(
@@ -90,13 +92,96 @@ class RelativeBias(nn.Module):
         return self._values(distance).transpose(0, 3, 1, 2)
 
 
-def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines, sines f32 `[batch, length, 1, head_dim / 2]` of int32 `[batch, length]` (Su et al. 2021)."""
-    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)  # [head_dim / 2]
+def rotary_frequencies(width: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
+    """How far each pair of the rotated dimensions turns from one position to the next (Su et al. 2021).
+
+    Rounded to float32 step by step as in transformers' modeling_rope_utils, because an error of a frequency
+    is multiplied by the position.
+
+    Args:
+      width: rotated dimensions of a head.
+      theta: wavelengths reach from 2π to nearly 2π · theta positions.
+      scaling: see RopeScaling.
+
+    Returns:
+      float32 `[width / 2]`.
+
+    Raises:
+      ValueError: longrope's factors are not width / 2.
+    """
+    exponent = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
+    powers = (theta ** exponent.astype(np.float64)).astype(np.float32)  # [width / 2]
+    frequency = np.float32(1) / powers
+    if scaling is None:
+        return frequency
+    factor = np.float32(scaling.factor)
+    if scaling.kind == "linear":
+        return frequency / factor
+    assert scaling.original_length is not None
+    if scaling.kind == "longrope":
+        long = scaling.length_in_use is not None and scaling.length_in_use > scaling.original_length
+        own = np.asarray(scaling.long_factors if long else scaling.short_factors, np.float32)
+        if own.shape != frequency.shape:
+            raise ValueError(
+                f"RopeScaling has {own.size} short_factors and long_factors, but {width} rotated dimensions "
+                f"are {frequency.size} pairs: give one number for each"
+            )
+        return np.float32(1) / (own * powers)
+    if scaling.kind == "llama3":
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        assert low is not None
+        assert high is not None
+        # Turns within the original length: from `high` on kept, up to `low` stretched.
+        turns = np.float32(scaling.original_length) / (np.float32(2 * math.pi) / frequency)
+        kept = np.clip((turns - np.float32(low)) / np.float32(high - low), 0, 1)
+    else:
+        first, last = (
+            width * math.log(scaling.original_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+            for turns in (scaling.beta_fast, scaling.beta_slow)
+        )  # pairs that turn so many times within the original length, as real numbers
+        if scaling.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, width - 1)
+        last = last + 0.001 if first == last else last
+        pairs = np.arange(width // 2, dtype=np.float32)
+        kept = 1 - np.clip((pairs - np.float32(first)) / np.float32(last - first), 0, 1)
+    return (frequency / factor * (1 - kept) + frequency * kept).astype(np.float32)
+
+
+def rotary_angles(
+    positions: jax.Array,
+    head_dim: int,
+    theta: float,
+    scaling: RopeScaling | None = None,
+    fraction: float = 1.0,
+) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines for rotate.
+
+    Args:
+      positions: int32 `[batch, length]`.
+      head_dim: width of a head.
+      theta, scaling: see rotary_frequencies.
+      fraction: the part of a head that is rotated, from its beginning.
+
+    Returns:
+      Two of f32 `[batch, length, 1, rotated / 2]`, times the scaling's table_factor.
+
+    Raises:
+      ValueError: the rotated part is not an even number of dimensions, or the scaling does not fit it.
+    """
+    width = int(head_dim * fraction)
+    if width < 2 or width % 2 or width > head_dim:
+        raise ValueError(
+            f"fraction = {fraction} of head_dim = {head_dim} is {width} rotated dimensions: it must be an "
+            "even number from 2 to head_dim"
+        )
+    frequency = rotary_frequencies(width, theta, scaling)
+    factor = 1.0 if scaling is None else scaling.table_factor
 
     def table() -> tuple[jax.Array, jax.Array]:
         angle = positions.astype(jnp.float32)[:, :, None, None] * frequency
-        return jnp.cos(angle), jnp.sin(angle)
+        cosine, sine = jnp.cos(angle), jnp.sin(angle)
+        return (cosine, sine) if factor == 1 else (cosine * factor, sine * factor)
 
     if not platform.separate_angles():
         return table()
@@ -108,10 +193,15 @@ def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[ja
 def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotary embedding of x `[batch, length, heads, head_dim]`, in float32, returned in x's dtype.
 
-    Dimension i turns with dimension i + head_dim / 2: the order of the Hugging Face LLaMA checkpoints
+    Of angles `[batch, length, 1, rotated / 2]`, the first `rotated` dimensions turn, and the others stay.
+    Dimension i turns with dimension i + rotated / 2: the order of the Hugging Face LLaMA checkpoints
     ("rotate half"), not the neighbouring pairs of the paper.
     """
     cosine, sine = angles
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
-    return turned.astype(x.dtype)
+    half = cosine.shape[-1]
+    first, second, rest = jnp.split(x, [half, 2 * half], axis=-1)
+    first, second = first.astype(jnp.float32), second.astype(jnp.float32)
+    parts = [first * cosine - second * sine, second * cosine + first * sine]
+    if rest.shape[-1]:
+        parts.append(rest.astype(jnp.float32))
+    return jnp.concatenate(parts, axis=-1).astype(x.dtype)

@@ -4,14 +4,135 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
+ROPE_SCALINGS = ("linear", "llama3", "yarn", "longrope")
 ROUTERS = ("softmax", "sigmoid")
 GROUP_SCORES = ("max", "top2")
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """TODO: moved here from nn/positions.py as soon as it is there."""
+    """How rotary embeddings trained on short sequences are stretched to longer ones.
+
+    The kinds and the names of their settings are those of Hugging Face configs (`rope_scaling`, or
+    `rope_parameters`), where original_length is original_max_position_embeddings. Each kind has the settings
+    named with it; others must keep their defaults.
+
+    Attributes:
+      kind: 'linear': all frequencies divided by factor (Chen et al. 2023). 'llama3': the long wavelengths
+        only, with a smooth transition (LLaMA 3.1). 'yarn': frequencies that turn less than beta_slow times
+        within original_length are divided by factor, those that turn more than beta_fast times are kept, a
+        ramp over the dimensions between them (Peng et al. 2023, section 3.2), and cosines and sines grow by
+        attention_factor (section 3.4). 'longrope': each frequency is divided by a number of its own (Ding et
+        al. 2024; Phi-3).
+      factor: how many times longer sequences may be (at least 1).
+      original_length: llama3, yarn, longrope: tokens of the sequences before stretching.
+      low_freq_factor, high_freq_factor: llama3: wavelengths above original_length / low_freq_factor are
+        stretched, those below original_length / high_freq_factor are not.
+      beta_fast, beta_slow: yarn: see kind.
+      truncate: yarn: the ends of the ramp are rounded to whole dimensions (GPT-OSS: no).
+      mscale, mscale_all_dim: yarn: make the attention factor where both are given (DeepSeek). DeepSeek also
+        multiplies the attention scores by softmax_factor, which is not done here.
+      attention_factor: yarn, longrope: factor on cosines and sines; None: what the papers advise.
+      short_factors, long_factors: longrope: one number for each pair of rotated dimensions, for sequences up
+        to original_length and beyond.
+      length_in_use: longrope: how long the sequences are to be. The long factors are used if that is more
+        than original_length, and otherwise, or if it is None, the short ones. It is a setting, and not seen
+        from each batch as transformers does, so that keys in a cache agree with those that come later.
+    """
+
+    kind: str
+    factor: float
+    original_length: int | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    attention_factor: float | None = None
+    short_factors: Sequence[float] | None = None
+    long_factors: Sequence[float] | None = None
+    length_in_use: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ROPE_SCALINGS:
+            raise ValueError(f"RopeScaling.kind = {self.kind!r} is not one of {', '.join(ROPE_SCALINGS)}")
+        for name in ("short_factors", "long_factors"):
+            if getattr(self, name) is not None:  # tuples, so that it can be hashed
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        required = {
+            "linear": (),
+            "llama3": ("original_length", "low_freq_factor", "high_freq_factor"),
+            "yarn": ("original_length",),
+            "longrope": ("original_length", "short_factors", "long_factors"),
+        }[self.kind]
+        optional = {
+            "yarn": ("beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim", "attention_factor"),
+            "longrope": ("attention_factor", "length_in_use"),
+        }.get(self.kind, ())
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in required and value is None:
+                raise ValueError(f"RopeScaling of kind {self.kind!r} needs {field.name}")
+            if field.name not in ("kind", "factor", *required, *optional) and value != field.default:
+                raise ValueError(
+                    f"RopeScaling.{field.name} = {value!r} is no setting of kind {self.kind!r}: leave it out"
+                )
+        self._check_values()
+
+    def _check_values(self) -> None:
+        if not self.factor >= 1:
+            raise ValueError(f"RopeScaling.factor = {self.factor!r} must be at least 1")
+        for name in ("original_length", "length_in_use"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 2):
+                raise ValueError(f"RopeScaling.{name} = {value!r} must be a whole number of at least 2")
+        for name in (
+            *("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"),
+            *("mscale", "mscale_all_dim", "attention_factor"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"RopeScaling.{name} = {value!r} must be positive")
+        for less, more in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+            if getattr(self, less) is not None and not getattr(self, less) < getattr(self, more):
+                raise ValueError(
+                    f"RopeScaling.{less} = {getattr(self, less)} must be less than {more} = "
+                    f"{getattr(self, more)}"
+                )
+        short, long = self.short_factors or (), self.long_factors or ()
+        if len(short) != len(long):
+            raise ValueError(
+                f"RopeScaling.short_factors are {len(short)} numbers and long_factors {len(long)}: both "
+                "must have one for each pair of rotated dimensions"
+            )
+        if not all(value > 0 for value in (*short, *long)):
+            raise ValueError("RopeScaling.short_factors and long_factors must all be positive")
+
+    @property
+    def table_factor(self) -> float:
+        """The factor on cosines and sines."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.kind == "yarn":
+            if self.mscale is not None and self.mscale_all_dim is not None:
+                return self._yarn_factor(self.mscale) / self._yarn_factor(self.mscale_all_dim)
+            return self._yarn_factor(1.0)
+        if self.kind == "longrope":
+            assert self.original_length is not None
+            return math.sqrt(1 + math.log(self.factor) / math.log(self.original_length))
+        return 1.0
+
+    @property
+    def softmax_factor(self) -> float:
+        """The factor on attention scores of DeepSeek's latent attention, 1 without mscale_all_dim."""
+        return 1.0 if self.mscale_all_dim is None else self._yarn_factor(self.mscale_all_dim) ** 2
+
+    def _yarn_factor(self, mscale: float) -> float:
+        return 0.1 * mscale * math.log(self.factor) + 1.0
 
 
 @dataclasses.dataclass(frozen=True)
