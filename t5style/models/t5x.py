@@ -166,8 +166,8 @@ def _arrays(where: str) -> dict[str, Any]:
     named = _index(store, where) if _INDEX in keys else {name: name for name in files}
     if not named:
         raise UserError(
-            f"{where} is no T5X checkpoint: it has neither the file {_INDEX} nor folders {_PREFIX}*; name the "
-            "folder of one step, checkpoint_1000000, say"
+            f"{where} is no T5X checkpoint: it has neither the file {_INDEX} nor folders {_PREFIX}*; name "
+            "the folder of one step, checkpoint_1000000, say"
         )
     if absent := sorted(name for name, at in named.items() if isinstance(at, str) and at not in files):
         raise UserError(f"{where} lacks the arrays {some(absent)}, which {_INDEX} names: copy it again")
@@ -192,8 +192,10 @@ def _arrays(where: str) -> dict[str, Any]:
         if not opened.dtype.name.startswith(("float", "bfloat")):
             raise UserError(f"{where}/{at} holds {opened.dtype.name}, which is no floating point")
         # A chunk that is not there reads as zeros.
-        chunks = zip(opened.shape, opened.chunk_layout.write_chunk.shape, strict=True)
-        wanted = math.prod(-(-size // chunk) for size, chunk in chunks)
+        chunks = opened.chunk_layout.write_chunk.shape or ()
+        wanted = math.prod(
+            -(-size // int(chunk or 1)) for size, chunk in zip(opened.shape, chunks, strict=True)
+        )
         if files[at] != wanted:
             raise UserError(f"{where}/{at} has {files[at]} of its {wanted} chunks: copy it again")
         arrays[short] = opened
@@ -286,7 +288,7 @@ def _config(
     gated = "encoder.layers_0.mlp.wi_0.kernel" in tensors
     tied = "decoder.logits_dense.kernel" not in tensors
     vocab_size, d_model = shape("token_embedder.embedding")
-    sizes = {
+    sizes: dict[str, Any] = {
         "vocab_size": vocab_size,
         "d_model": d_model,
         "d_ff": shape(f"encoder.layers_0.mlp.{'wi_0' if gated else 'wi'}.kernel")[1],
@@ -305,7 +307,7 @@ def _config(
             raise UserError(
                 f"{where}: its gin file says T5Config.{theirs} = {gin[theirs]!r}, its tensors {sizes[ours]!r}"
             )
-    others = {
+    others: dict[str, Any] = {
         "activations": ("gelu", "linear") if gated else ("relu",),
         "scale_logits": tied,
         **{ours: gin[theirs] for theirs, ours in _GIN_OURS.items() if theirs in gin},

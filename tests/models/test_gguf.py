@@ -473,6 +473,7 @@ def smollm() -> Path:
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
+@pytest.mark.slow
 def test_smollm2_knows_the_capital_of_france(smollm: Path) -> None:
     from t5style.infer import gguf_vocabulary
     from t5style.infer.model import Model
