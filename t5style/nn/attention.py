@@ -66,7 +66,7 @@ def attention(
 
     Returns:
       `[batch, queries, heads, value_dim]` in value's dtype. What a padding query gets is finite and otherwise
-      otherwise unspecified.
+      unspecified.
 
     Raises:
       ValueError: arguments that contradict each other, or a combination the implementation cannot compute

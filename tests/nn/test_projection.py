@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from t5style.nn import platform
-from t5style.nn.norm import RMSNorm
+from t5style.nn.norm import Norm
 from t5style.nn.projection import project
 
 
@@ -47,8 +47,8 @@ def test_rms_norm_is_its_formula_in_float32():
     scale = np.linspace(0.5, 2, 8)
     want = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale
     params = {"scale": jnp.asarray(scale, jnp.float32)}
-    got = RMSNorm(1e-6).apply({"params": params}, jnp.asarray(x, jnp.float32))
+    got = Norm("rms", 1e-6).apply({"params": params}, jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(got, want, rtol=1e-5)
-    half = RMSNorm(1e-6).apply({"params": params}, jnp.asarray(x, jnp.bfloat16))
+    half = Norm("rms", 1e-6).apply({"params": params}, jnp.asarray(x, jnp.bfloat16))
     assert half.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(half, np.float32), want, rtol=0.02, atol=0.01)
