@@ -238,6 +238,19 @@ def test_models_that_huggingface_has_no_class_for_are_not_saved(config, message,
     assert not (tmp_path / "m").exists()
 
 
+def test_the_family_to_save_as_can_be_named(tmp_path):
+    save_huggingface(tmp_path / "m", LLAMA, params_of(LLAMA), family="llama")
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["model_type"] == "llama"
+    with pytest.raises(UserError, match="family = 'lama' is not one of t5, .*llama"):
+        save_huggingface(tmp_path / "n", LLAMA, params_of(LLAMA), family="lama")
+    with pytest.raises(UserError, match="T5ForConditionalGeneration is encoder_decoder, not decoder_only"):
+        save_huggingface(tmp_path / "n", LLAMA, params_of(LLAMA), family="t5")
+    with pytest.raises(UserError, match="LlamaForCausalLM cannot have layers of the decoder = "):
+        config = LLAMA.replace(layer_pattern=("full_nope", "full"))
+        save_huggingface(tmp_path / "n", config, params_of(config), family="llama")
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
 def test_parameters_of_another_config_are_not_saved(tmp_path):
     params = params_of(LLAMA)
     with pytest.raises(UserError, match="embedding has shape \\[61, 16\\]; the config makes it \\[64, 16\\]"):
