@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import tensorstore
 from flax import serialization, traverse_util
+from safetensors.numpy import load_file
 
 from t5style.models.config import TransformerConfig
+from t5style.models.convert import save_huggingface
 from t5style.models.t5x import is_t5x, load_t5x
 from t5style.run_dir import UserError
 from tests.models.tiny import T5, params_of, runner, tokens_of
@@ -115,6 +117,49 @@ def test_logits_are_equal(config: TransformerConfig, leaf: str, tmp_path: Path) 
     np.testing.assert_array_equal(logits(loaded, params), logits(config, params_of(config)))
     assert is_t5x(folder) == (leaf != "no index")
     assert not is_t5x(tmp_path)
+
+
+# transformers' names in a layer -> T5X's, as its convert_t5x_checkpoint_to_pytorch.py has them.
+PYTORCH = {
+    "encoder": ("pre_attention_layer_norm", "attention", "pre_mlp_layer_norm", "mlp"),
+    "decoder": (
+        *("pre_self_attention_layer_norm", "self_attention"),
+        *("pre_cross_attention_layer_norm", "encoder_decoder_attention"),
+        *("pre_mlp_layer_norm", "mlp"),
+    ),
+}
+ATTENTION = {"q": "query", "k": "key", "v": "value", "o": "out"}
+
+
+def from_pytorch(name: str) -> str:
+    """T5X's name for transformers'."""
+    whole = {"shared.weight": "token_embedder.embedding", "lm_head.weight": "decoder.logits_dense.kernel"}
+    if name in whole:
+        return whole[name]
+    side, kind, *rest = name.split(".")
+    if kind == "final_layer_norm":
+        return f"{side}.{side}_norm.scale"
+    layer, _, number, module, *tail = rest  # block.<layer>.layer.<number>.<module>.<tail>
+    if "relative_attention_bias" in tail:
+        return f"{side}.relpos_bias.rel_embedding"
+    if module == "layer_norm":
+        return f"{side}.layers_{layer}.{PYTORCH[side][2 * int(number)]}.scale"
+    inner = ATTENTION.get(tail[0], tail[0])
+    return f"{side}.layers_{layer}.{PYTORCH[side][2 * int(number) + 1]}.{inner}.kernel"
+
+
+def test_as_the_published_conversion_to_pytorch_has_it(tmp_path: Path) -> None:
+    """It transposes every kernel and the tables of relative positions."""
+    save_huggingface(tmp_path / "hf", T5, params_of(T5))
+    arrays = {
+        from_pytorch(name): value for name, value in load_file(tmp_path / "hf/model.safetensors").items()
+    }
+    arrays = {
+        name: value.T if name.endswith(("kernel", "rel_embedding")) else value
+        for name, value in arrays.items()
+    }
+    _, params = load_t5x(write(tmp_path / "checkpoint_7", arrays), **LIKE)
+    jax.tree.map(np.testing.assert_array_equal, params, params_of(T5))
 
 
 @pytest.mark.parametrize("heads", [False, True])
