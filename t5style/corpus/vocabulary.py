@@ -67,7 +67,7 @@ class Vocabulary(abc.ABC):
     def content(self) -> bytes:
         """Everything that decides the ids, as bytes."""
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """16 hex digits; equal exactly when every text gets the same ids and every id has the same
         meaning.
