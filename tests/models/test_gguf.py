@@ -6,6 +6,7 @@ import json
 import os
 import struct
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -417,15 +418,19 @@ def small(path: Path) -> bytes:
         "tokenizer.ggml.eos_token_id": 4,
         "general.alignment": 32,
     }
-    arrays = tensors()
-    raw = blocks("Q8_0", 12).tobytes()
-    return write(path, keys, arrays | {"blk.0.extra.weight": ((12, 32), 8, raw)}).read_bytes()
+    keys["llama.feed_forward_length"] = 32
+    arrays: dict[str, Any] = tensors()
+    for layer in range(2):
+        arrays |= {f"blk.{layer}.ffn_{name}.weight": np.ones((32, 16), np.float32) for name in ("gate", "up")}
+        arrays[f"blk.{layer}.ffn_down.weight"] = ((16, 32), NUMBERS["Q8_0"], blocks("Q8_0", 16).tobytes())
+    arrays["blk.1.ffn_down.weight"] = arrays.pop("blk.1.ffn_down.weight")  # the last one
+    return write(path, keys, arrays).read_bytes()
 
 
 def test_cut_off_at_every_byte(tmp_path: Path) -> None:
     whole = small(tmp_path / "m.gguf")
     path = tmp_path / "cut.gguf"
-    last = 12 * 34  # the padding behind the last tensor may be missing
+    last = 16 * 34  # the padding behind the last tensor may be missing
     end = len(whole) - (-last % 32)
     GgufFile(tmp_path / "m.gguf")
     header = whole.index(tensors()["token_embd.weight"].tobytes())
@@ -442,7 +447,15 @@ def test_changed_numbers_in_the_header(tmp_path: Path) -> None:
     """Whatever number is changed into whatever: a sentence, or a file that is still read; nothing else."""
     from t5style.infer import gguf_vocabulary
 
+    def use(path: Path) -> None:
+        file = GgufFile(path)
+        gguf_vocabulary.vocabulary(file.metadata, str(path))
+        _, shapes, read = huggingface(file)
+        for name in shapes:
+            read(name)
+
     whole = small(tmp_path / "m.gguf")
+    use(tmp_path / "m.gguf")
     header = whole.index(tensors()["token_embd.weight"].tobytes())
     path = tmp_path / "changed.gguf"
     changes = (b"\xff", b"\xff" * 8, struct.pack("<Q", 2**31), b"\0" * 8, b"\1", b"\x80")
@@ -451,11 +464,7 @@ def test_changed_numbers_in_the_header(tmp_path: Path) -> None:
         data = changes[at % len(changes)]
         path.write_bytes(whole[:at] + data + whole[at + len(data) :])
         try:
-            file = GgufFile(path)
-            gguf_vocabulary.vocabulary(file.metadata, str(path))
-            _, shapes, read = huggingface(file)
-            for name in shapes:
-                read(name)
+            use(path)
         except UserError as error:
             errors.append(str(error))
     assert len(errors) > header // 2
