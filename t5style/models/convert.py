@@ -47,11 +47,27 @@ def load_huggingface(
       UserError: a file is missing or damaged, the family, a config field or a tensor is not one we honour, a
         tensor is missing or has another shape. The sentence names it.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"dtype = {dtype!r} is not one of {', '.join(DTYPES)}")
     if mesh is not None and shardings is not None:
         raise ValueError("give a mesh or shardings, not both")
-    folder = Path(folder)
+    config, placed, tensors = _open(Path(folder), dtype)
+    if mesh is not None:
+        shardings = param_shardings(logical_axes(config), abstract_params(config), mesh)
+    return config, convert_stream.load(placed, lambda name: tensors[name].read(), dtype, shardings)
+
+
+def huggingface_config(folder: str | Path, dtype: str = "float32") -> TransformerConfig:
+    """The config of a Hugging Face model directory, which is checked as load_huggingface does, but not read:
+    for those who decide by it where the parameters go, or whether they want them.
+    """
+    return _open(Path(folder), dtype)[0]
+
+
+def _open(
+    folder: Path, dtype: str
+) -> tuple[TransformerConfig, list[convert_stream.Placed], dict[str, Tensor]]:
+    """All that is checked before any parameter is made."""
+    if dtype not in DTYPES:
+        raise UserError(f"dtype = {dtype!r} is not one of {', '.join(DTYPES)}")
     theirs = read_json(folder / "config.json")
     family = _family(theirs, folder)
     tensors = _renamed(family, read_folder(folder), folder)
@@ -67,9 +83,7 @@ def load_huggingface(
     used = convert_stream.check(placed, shapes, str(folder))
     _check_left(family, tensors, used, folder)
     _check_dtypes(tensors, used)
-    if mesh is not None:
-        shardings = param_shardings(logical_axes(config), abstract_params(config), mesh)
-    return config, convert_stream.load(placed, lambda name: tensors[name].read(), dtype, shardings)
+    return config, placed, tensors
 
 
 def save_huggingface(
@@ -165,7 +179,7 @@ def _check_left(family: Family, tensors: Mapping[str, Tensor], used: set[str], f
 
 def _check_dtypes(tensors: Mapping[str, Tensor], used: set[str]) -> None:
     for name in sorted(used):
-        tensors[name].check_dtype(name)
+        tensors[name].check_dtype()
 
 
 # --- saving ---

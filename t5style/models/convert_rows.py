@@ -348,9 +348,11 @@ def computation(config: TransformerConfig) -> dict[str, Any]:
         "attention_scale": config.query_scale,
         "kv_heads": config.kv_heads,
         "heads_width": config.heads_width,
-        "layers of the encoder": config.layers_of("encoder"),
-        "layers of the decoder": config.layers_of("decoder"),
     }
+    for side in ("encoder", "decoder"):
+        for number, kind in enumerate(config.layers_of(side)):
+            experts = " with experts" if kind.experts else ""
+            values[f"layer {number} of the {side}"] = kind.attention + experts
     for positions, prefix in (("rope", "rope_"), ("relative_bias", "relative_")):
         if config.positions != positions:
             values = {name: value for name, value in values.items() if not name.startswith(prefix)}

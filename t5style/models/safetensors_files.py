@@ -41,23 +41,25 @@ _FLOATS: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """Where a tensor lies: file, offset in it, the format's name of its dtype, shape."""
+    """Where a tensor lies: its name there, file, offset in it, the format's name of its dtype, shape."""
 
+    name: str
     file: Path
     offset: int
     dtype: str
     shape: tuple[int, ...]
 
-    def check_dtype(self, name: str) -> None:
+    def check_dtype(self) -> None:
         """Refuses a weight that is not of floating point."""
         if self.dtype not in _FLOATS:
             raise UserError(
-                f"{self.file}: the tensor {name} is of dtype {self.dtype}, and weights must be "
+                f"{self.file}: the tensor {self.name} is of dtype {self.dtype}, and weights must be "
                 f"{', '.join(_FLOATS)}; take a checkpoint that is not quantised"
             )
 
     def read(self) -> np.ndarray:
         """A view of the mapped file, read as it is used; the mapping ends with the last view of it."""
+        self.check_dtype()
         dtype = _FLOATS[self.dtype]
         if 0 in self.shape:
             return np.empty(self.shape, dtype)
@@ -138,7 +140,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
             raise damaged(f"the tensor {name} has {last - first} bytes, its shape {list(shape)} {kind} makes "
                           f"{math.prod(shape) * _BYTES[kind]}")  # fmt: skip
         spans.append((first, last, name))
-        tensors[name] = Tensor(file, start + first, kind, shape)
+        tensors[name] = Tensor(name, file, start + first, kind, shape)
     for first, last, name in sorted(spans):
         if first != end:
             raise damaged(f"the tensor {name} begins at byte {first}, the one before it ends at {end}")

@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from t5style.models import safetensors_files
-from t5style.models.convert import load_huggingface, save_huggingface
+from t5style.models.convert import huggingface_config, load_huggingface, save_huggingface
 from t5style.run_dir import UserError
 from tests.models.make_golden import GOLDEN, MODELS, inputs, make_model, run_model
 from tests.models.tiny import LLAMA, T5, params_of, runner
@@ -123,6 +123,7 @@ def test_bfloat16_in_and_out(tmp_path):
     folder = write(tmp_path / "m", theirs, weights)
     config, params = load_huggingface(folder, dtype="bfloat16")
     assert (config.dtype, config.param_dtype) == ("bfloat16", "bfloat16")
+    assert huggingface_config(folder, dtype="bfloat16") == config
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {"bfloat16"}
     save_huggingface(tmp_path / "half", config, params)
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
@@ -241,13 +242,13 @@ def test_models_that_huggingface_has_no_class_for_are_not_saved(config, message,
 def test_the_family_to_save_as_can_be_named(tmp_path):
     save_huggingface(tmp_path / "m", LLAMA, params_of(LLAMA), family="llama")
     assert json.loads((tmp_path / "m" / "config.json").read_text())["model_type"] == "llama"
-    with pytest.raises(UserError, match="family = 'lama' is not one of t5, .*llama"):
+    with pytest.raises(UserError, match=r"family = 'lama' is not one of t5, .*llama"):
         save_huggingface(tmp_path / "n", LLAMA, params_of(LLAMA), family="lama")
     with pytest.raises(UserError, match="T5ForConditionalGeneration is encoder_decoder, not decoder_only"):
         save_huggingface(tmp_path / "n", LLAMA, params_of(LLAMA), family="t5")
-    with pytest.raises(UserError, match="LlamaForCausalLM cannot have layers of the decoder = "):
-        config = LLAMA.replace(layer_pattern=("full_nope", "full"))
-        save_huggingface(tmp_path / "n", config, params_of(config), family="llama")
+    other = LLAMA.replace(layer_pattern=("full_nope", "full"))
+    with pytest.raises(UserError, match="LlamaForCausalLM cannot have layer 0 of the decoder = 'full_nope'"):
+        save_huggingface(tmp_path / "n", other, params_of(other), family="llama")
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 

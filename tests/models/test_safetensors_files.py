@@ -305,8 +305,15 @@ def test_the_host_holds_a_layer_and_not_the_model(tmp_path):
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
-@pytest.mark.parametrize("dtype", ["F8_E4M3", "I8"])
-def test_quantised_weights_are_refused_by_name(tmp_path, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "which"),
+    [
+        ("F8_E4M3", "model.layers.1.mlp.up_proj.weight"),
+        ("I8", "model.layers.0.self_attn.q_proj.weight"),
+        ("F8_E5M2", "model.embed_tokens.weight"),
+    ],
+)
+def test_quantised_weights_are_refused_by_name(tmp_path, dtype, which):
     save_huggingface(tmp_path / "m", LLAMA, params_of(LLAMA))
     file = tmp_path / "m" / "model.safetensors"
     header, data = parts(file)
@@ -316,13 +323,13 @@ def test_quantised_weights_are_refused_by_name(tmp_path, dtype):
     for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
         first, last = entry["data_offsets"]
         part = data[first:last]
-        if name.endswith("layers.1.mlp.up_proj.weight"):
+        if name == which:
             part, entry = part[: len(part) // 4], entry | {"dtype": dtype}
         kept += part
         changed[name] = entry | {"data_offsets": [end, end + len(part)]}
         end += len(part)
     file.write_bytes(join(changed, kept))
-    with pytest.raises(UserError, match=rf"model.layers.1.mlp.up_proj.weight is of dtype {dtype}"):
+    with pytest.raises(UserError, match=f"the tensor {which} is of dtype {dtype}"):
         load_huggingface(tmp_path / "m")
 
 
