@@ -102,6 +102,9 @@ class TransformerConfig:
       attention_softcap, logits_softcap: c · tanh(x / c) of attention scores and of logits (Gemma 2).
       attention_sinks: one learned logit for each head in the softmax's denominator (GPT-OSS).
       latent: multi-head latent attention (DeepSeek).
+      pooler, classes, masked_head: what stands on an encoder-only model (models/encoder_heads.py): a vector
+        made of the first token; a classifier of that many classes, of this vector or without it of every
+        token; a head that foretells words, with the embedding as its kernel (BERT).
       tie_embeddings: the output head is the embedding's transpose.
       scale_logits: multiply the last hidden states by d_model**-0.5 before the head (T5 1.0, which ties).
       scale_attention: multiply attention scores by head_dim**-0.5 (T5 does not; its initialisation absorbs
@@ -180,6 +183,9 @@ class TransformerConfig:
     logits_softcap: float | None = None
     attention_sinks: bool = False
     latent: LatentAttention | None = None
+    pooler: bool = False
+    classes: int = 0
+    masked_head: bool = False
 
     def __post_init__(self) -> None:
         for name in ("activations", "layer_pattern", "moe_layers", "moe_encoder_layers"):
@@ -195,6 +201,7 @@ class TransformerConfig:
         _whole("encoder_layers", self.encoder_layers, 0, "0 makes a decoder-only model")
         _whole("decoder_layers", self.decoder_layers, 0, "0 makes an encoder-only model")
         _whole("token_types", self.token_types, 0)
+        _whole("classes", self.classes, 0)
         if not self.encoder_layers and not self.decoder_layers:
             raise ValueError("encoder_layers and decoder_layers are both 0: a model needs layers")
         if self.head_dim is None and self.d_model % self.num_heads:
@@ -301,6 +308,11 @@ class TransformerConfig:
                 f"parallel_layers = True is for decoder-only models with norm_placement = 'pre', not "
                 f"{self.norm_placement!r}"
             )
+        for name in ("pooler", "classes", "masked_head"):
+            if getattr(self, name) and self.decoder_layers:
+                raise ValueError(
+                    f"{name} = {getattr(self, name)!r} is for encoder-only models (decoder_layers = 0)"
+                )
         if self.latent is not None:
             unlike = {
                 "num_kv_heads": self.kv_heads == self.num_heads,

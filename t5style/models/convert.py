@@ -72,6 +72,8 @@ def _open(
     family = _family(theirs, folder)
     tensors = _renamed(family, read_folder(folder), folder)
     config = family.config(Fields(theirs, str(folder / "config.json")))
+    if family.held is not None:
+        config = family.held(config, {name: tensor.shape for name, tensor in tensors.items()})
     # transformers 5 writes "tied" for T5 1.1 too; the files say whether it is.
     if config.tie_embeddings and family.head in tensors and family.embedding in tensors:
         head, embedding = tensors[str(family.head)].read(), tensors[family.embedding].read()
@@ -120,7 +122,8 @@ def save_huggingface(
     placed = convert_stream.place(config, chosen.rows(config), chosen.architecture)
     planned = convert_stream.plan(placed, params)
     leaves = jax.tree.leaves(params)
-    theirs |= {"model_type": name, "architectures": [chosen.architecture], "dtype": str(leaves[0].dtype)}
+    theirs = {"architectures": [chosen.architecture]} | theirs
+    theirs |= {"model_type": name, "dtype": str(leaves[0].dtype)}
     theirs |= dict(chosen.tokens) | dict(extra or {})
     if jax.process_index() == 0:
         with run_dir.atomic_folder(folder) as made:
@@ -213,7 +216,11 @@ def _described(config: TransformerConfig, name: str) -> dict[str, Any]:
         raise UserError(f"a Hugging Face {family.architecture} is {family.kind}, not {config.architecture}")
     theirs = family.save_config(config)
     ours = computation(config)
-    again = computation(family.config(Fields({"model_type": name, **theirs}, f"the config.json of {name}")))
+    back = family.config(Fields({"model_type": name, **theirs}, f"the config.json of {name}"))
+    if family.held is not None:
+        placed = convert_stream.place(config, family.rows(config), family.architecture)
+        back = family.held(back, dict(tensor for one in placed for tensor in one.tensors()))
+    again = computation(back)
     for field in ours | again:
         if not same(ours.get(field), again.get(field)):
             raise UserError(

@@ -261,6 +261,16 @@ class Fields:
             raise self.error(f"{name} = {theirs!r} is not supported; {', '.join(ACTIVATIONS)} are")
         return ACTIVATIONS[theirs]
 
+    def dropout(self, *names: str, default: float) -> float:
+        """The rate of several dropouts, which with us is one."""
+        rates = {name: self.get(name, default) for name in names}
+        if len(set(rates.values())) > 1:
+            raise self.error(
+                "; ".join(f"{name} = {rate!r}" for name, rate in rates.items())
+                + ": we have one rate for all, so make them equal (they matter to training only)"
+            )
+        return float(rates[names[0]])
+
     def config(self, **fields: Any) -> TransformerConfig:
         """The TransformerConfig, once every field of theirs is accounted for."""
         unknown = sorted(name for name in set(self._values) - self._read if self._values[name] is not None)
@@ -281,6 +291,7 @@ ACTIVATIONS = {
     "relu": "relu",
     "gelu_new": "gelu",
     "gelu_pytorch_tanh": "gelu",
+    "gelu_fast": "gelu",
     "gelu": "gelu_exact",
     "silu": "silu",
     "swish": "silu",
@@ -310,6 +321,7 @@ class Family:
       unused: patterns of tensors that checkpoints may hold and that no model reads.
       tokens: entries of config.json about special tokens, where the family fixes them.
       rename: the name in this table of a tensor in a file, for checkpoints that leave a prefix out, say.
+      held: the config with what only the tensors tell, by their names and shapes: whether there is a head.
     """
 
     architecture: str
@@ -323,6 +335,7 @@ class Family:
     unused: tuple[re.Pattern[str], ...] = ()
     tokens: Mapping[str, int] = dataclasses.field(default_factory=dict)
     rename: Callable[[str], str] = lambda name: name
+    held: Callable[[TransformerConfig, Mapping[str, Shape]], TransformerConfig] | None = None
 
 
 # What may differ between two configs whose models compute the same with the same parameters (dropout: in

@@ -17,7 +17,7 @@ def _boxed(config: TransformerConfig, key: jax.Array) -> Any:
     # the same.
     model = Transformer(config.replace(scan_layers=True))
     if not config.decoder_layers:
-        return model.init(key, tokens, method="encode")["params"]
+        return model.init(key, tokens, method="encoder_outputs")["params"]
     return model.init(key, tokens, tokens if config.encoder_layers else None)["params"]
 
 

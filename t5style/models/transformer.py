@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from t5style.models.attention_layers import Angles, init_of, norm
 from t5style.models.config import LayerKind, TransformerConfig
+from t5style.models.encoder_heads import EncoderHeads
 from t5style.models.layers import Layer, relative_bias
 from t5style.nn import platform
 from t5style.nn.cache import LayerCache, slots_of
@@ -78,15 +79,12 @@ class Stack(nn.Module):
         made = {}
         kinds = {kind.attention for _, kind in self.order}
         if kinds & ({"full"} if c.rope_local_theta else {"full", "window"}):
-            more = (
-                {}
-                if c.rope_scaling is None and fraction == 1
-                else {"scaling": c.rope_scaling, "fraction": fraction}
-            )
-            made["full"] = rotary_angles(positions, width, c.rope_theta, **more)
+            made["full"] = rotary_angles(positions, width, c.rope_theta, c.rope_scaling, fraction)
         if "window" in kinds:
             made["window"] = (
-                rotary_angles(positions, width, c.rope_local_theta) if c.rope_local_theta else made["full"]
+                rotary_angles(positions, width, c.rope_local_theta, None, fraction)
+                if c.rope_local_theta
+                else made["full"]
             )
         return made
 
@@ -257,6 +255,8 @@ class Transformer(nn.Module):
             self.embedding_norm = norm(c)
         if c.encoder_layers:
             self.encoder = Stack(c, "encoder")
+        if c.pooler or c.classes or c.masked_head:
+            self.heads = EncoderHeads(c)
         if c.decoder_layers:
             self.decoder = Stack(c, "decoder")
             if not c.tie_embeddings:
@@ -324,6 +324,15 @@ class Transformer(nn.Module):
             raise ValueError("this model is decoder-only (encoder_layers = 0): it has no encoder to run")
         x = self._embed(tokens, positions, token_types)
         return self.encoder(x, positions=positions, segments=segment_ids, deterministic=deterministic)
+
+    def encoder_outputs(self, tokens: jax.Array, **kwargs: Any) -> dict[str, jax.Array]:
+        """'encoded', what encode gives for these arguments, and what the heads of an encoder-only model make
+        of it (models/encoder_heads.py).
+        """
+        encoded = self.encode(tokens, **kwargs)
+        c = self.config
+        heads = self.heads(encoded, self.embedding) if c.pooler or c.classes or c.masked_head else {}
+        return {"encoded": encoded} | heads
 
     def hidden(
         self,
