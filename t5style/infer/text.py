@@ -6,15 +6,14 @@ from collections.abc import Sequence
 
 from t5style.corpus.vocabulary import Vocabulary
 
-_UNFINISHED = "\ufffd"
-_MOST_UNFINISHED = 3  # bytes of a character of four whose last is missing
+_UNFINISHED = "\ufffd"  # what bytes read as that are no character, or not yet
 
 
 class TextStream:
     """The text of an answer, token by token.
 
-    Joined, the pieces are the vocabulary's text of all tokens (up to the stop text). What may still become
-    another character, or a stop text, is held back.
+    Joined, the pieces are the vocabulary's text of all tokens, up to the stop text (where bytes are no text
+    at all, it may have more U+FFFD). What may still become another character, or a stop text, is held back.
 
     Attributes:
       text: so far, cut where a stop text begins.
@@ -39,12 +38,9 @@ class TextStream:
             return True
         self._ids.append(token)
         whole = self._vocabulary.decode(self._ids[self._begin :])
-        kept = len(whole)
-        while kept and whole[kept - 1] == _UNFINISHED and len(whole) - kept < _MOST_UNFINISHED:
-            kept -= 1
-        self._add(whole[self._given : kept])
-        self._given = max(self._given, kept)
-        if kept == len(whole) and whole:
+        # Some tokenizers read a whole run of bytes as unknown while its last character is unfinished.
+        if len(whole) > self._given and not whole.endswith(_UNFINISHED):
+            self._add(whole[self._given :])
             self._begin, self._border = self._border, len(self._ids)
             self._given = len(self._vocabulary.decode(self._ids[self._begin :]))
         return self.stopped is not None
@@ -54,7 +50,6 @@ class TextStream:
         if self.stopped is None:
             whole = self._vocabulary.decode(self._ids[self._begin :])
             self._add(whole[self._given :])
-            self._given = len(whole)
             self._stop = ()
 
     def piece(self) -> str:

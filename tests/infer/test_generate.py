@@ -1,5 +1,6 @@
 """The job Generate: what it writes, that it goes on where it was stopped, and what it refuses."""
 
+import dataclasses
 import json
 
 import pytest
@@ -37,6 +38,8 @@ def test_writes_an_answer_for_each_prompt_and_resumes(saved, tmp_path, monkeypat
     assert [line["prompt"] for line in whole] == texts
     assert [line["seed"] for line in whole] == [4, 5, 6, 7]
     assert whole[0]["fields"] == {"id": 7}
+    assert whole[0]["settings"] == {"max_new_tokens": 6, "temperature": 0.8}
+    assert {line["finish_reason"] for line in whole} <= {"stop", "length"}
     assert figures == {"prompts": 4, "new_tokens": sum(line["new_tokens"] for line in whole)}
     m = t5style.load(saved)
     for i, text in enumerate(texts):
@@ -70,6 +73,35 @@ def test_writes_an_answer_for_each_prompt_and_resumes(saved, tmp_path, monkeypat
         Generate(saved, prompts=["hello"], **settings)(RunDir(cut))
 
 
+def test_a_line_may_have_settings_of_its_own(saved, tmp_path):
+    records = [
+        {"prompt": "hello", "temperature": 0.0, "max_new_tokens": 3, "id": "x"},
+        {"prompt": "hello", "n": 3, "seed": 20},
+        {"prompt": "hello", "stop": "a", "logprobs": 1, "temperature": None, "logit_bias": {"100": 8.5}},
+    ]
+    job = Generate(
+        saved, write(tmp_path / "prompts.jsonl", records), max_new_tokens=6, temperature=0.8, stop_tokens=()
+    )
+    figures = job(RunDir(tmp_path / "run").create())
+    first, several, told = lines(tmp_path / "run" / "generations.jsonl")
+    m = t5style.load(saved)
+    assert first["output"] == m.generate(["hello"], 3, stop_tokens=())[0]
+    assert (first["new_tokens"], first["finish_reason"], first["fields"]) == (3, "length", {"id": "x"})
+    answers = m.generate(["hello"], 6, temperature=0.8, n=3, seed=20, stop_tokens=())
+    assert [answer["output"] for answer in several["answers"]] == answers
+    assert "output" not in several
+    assert several["seed"] == 20
+    assert told["output"] == ""  # token 100 is the letter a
+    assert told["finish_reason"] == "stop"
+    assert told["settings"]["logit_bias"] == {"100": 8.5}
+    assert len(told["logprobs"]) == len(told["top_logprobs"]) == len(told["tokens"]) == told["new_tokens"]
+    assert figures["new_tokens"] == 3 + 18 + told["new_tokens"]
+    (tmp_path / "run" / "generations.jsonl").rename(tmp_path / "run" / "generations.partial.jsonl")
+    job(RunDir(tmp_path / "run"))  # the settings are read back as the same
+    with pytest.raises(UserError, match=r"other prompts or settings \(number 0 differs\)"):
+        dataclasses.replace(job, min_p=0.1)(RunDir(tmp_path / "run"))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -79,6 +111,8 @@ def test_writes_an_answer_for_each_prompt_and_resumes(saved, tmp_path, monkeypat
         (b'{"prompt": ""}\n', r"p.jsonl:1: 'prompt' is ''"),
         (b'{"prompt": 5}\n', r"p.jsonl:1: 'prompt' is 5"),
         (b"\n", "is empty"),
+        (b'{"prompt": "a"}\n{"prompt": "a", "temperature": -2}\n', "p.jsonl:2: temperature is -2"),
+        (b'{"prompt": "a", "stop": ""}\n', "p.jsonl:1: stop holds ''"),
         (b'{"prompt": "\xff"}', "byte 12 is not UTF-8"),
     ],
 )
@@ -95,6 +129,10 @@ def test_bad_settings_are_refused_before_anything_runs(tmp_path):
         ({"prompts": "a"}, "single string"),
         ({"prompts": ["a"], "temperature": -1.0}, "temperature is -1"),
         ({"prompts": ["a"], "top_p": 1.5}, "top_p is 1.5"),
+        ({"prompts": ["a"], "min_p": -1.0}, "min_p is -1"),
+        ({"prompts": ["a"], "repetition_penalty": -1.0}, "repetition_penalty is -1"),
+        ({"prompts": ["a"], "stop": [""]}, "stop holds ''"),
+        ({"prompts": ["a"], "n": 500}, "n is 500"),
         ({"prompts": ["a"], "max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"prompts": ["a"], "batch_size": 0}, "batch_size is 0"),
     ):
