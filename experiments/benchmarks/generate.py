@@ -112,7 +112,7 @@ def ours(folder: pathlib.Path, quantize: bool) -> Callable[[np.ndarray], Any]:
     import t5style
 
     model = t5style.load(folder, **({"quantize": "int8"} if quantize else {}))
-    return lambda tokens: model.generate_tokens(tokens, max_new_tokens=NEW, eos_id=-1)
+    return lambda tokens: model.generate_tokens(tokens, max_new_tokens=NEW, stop_tokens=())
 
 
 def transformers_(folder: pathlib.Path, workload: str, threads: int) -> Callable[[np.ndarray], Any]:

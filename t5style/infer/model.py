@@ -7,6 +7,7 @@ length]` and masks the same shape, 1 = real token; padding may stand on the left
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
@@ -31,6 +32,7 @@ from t5style.infer.engine import Engine
 from t5style.infer.ids import TokenIds, token_ids
 from t5style.infer.settings import Fields, Settings, settings_of
 from t5style.models.config import TransformerConfig
+from t5style.models.quantize import quantize as quantized
 from t5style.parallel.rules import Rules
 from t5style.run_dir import PathLike, UserError
 
@@ -41,13 +43,15 @@ class Model:
     """A model ready for use; made by `load`.
 
     Attributes:
-      config: what it is (`config.architecture`: "encoder_decoder" or "decoder_only").
+      config: what it is (`config.architecture`: "encoder_decoder", "decoder_only" or "encoder_only").
       params: nested dicts of arrays.
       vocabulary: None when the directory has no tokenizer; text methods then raise ValueError.
       ids: token ids with a meaning to decoding.
       mesh: the devices it is spread over; None for one device.
       path: where it was loaded from.
       cache_dtype: of the keys and values that decoding keeps; None: as the model computes.
+      family: the model_type of the Hugging Face directory it comes from, in which it is saved; None: the
+        first that fits.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class Model:
         rules: Rules | None = None,
         path: str = "",
         cache_dtype: str | None = None,
+        family: str | None = None,
     ) -> None:
         if vocabulary is not None and vocabulary.vocab_size > config.vocab_size:
             raise UserError(
@@ -70,6 +75,7 @@ class Model:
             ids = TokenIds() if vocabulary is None else token_ids(vocabulary)
         self.config, self.params, self.vocabulary, self.ids = config, params, vocabulary, ids
         self.mesh, self.rules, self.path, self.cache_dtype = mesh, rules, path, cache_dtype
+        self.family = family
         self._engine: Engine | None = None
 
     def __repr__(self) -> str:
@@ -299,12 +305,15 @@ class Model:
         """Writes the model, its tokenizer included, as a directory that transformers and `load` read.
 
         Raises:
-          ValueError: another format.
+          ValueError: another format, or the model is quantised.
           UserError: the family has no Hugging Face form, or the folder cannot be written.
         """
         if format != "huggingface":
             raise ValueError(f"format is {format!r}: only 'huggingface' is known")
-        storage.save_huggingface(storage.Stored(self.config, self.params, self.vocabulary, self.ids), path)
+        if any(leaf.dtype == np.int8 for leaf in jax.tree.leaves(self.params)):
+            raise ValueError("this model was quantised when it was loaded: save one that was not")
+        stored = storage.Stored(self.config, self.params, self.vocabulary, self.ids, family=self.family)
+        storage.save_huggingface(stored, path)
 
     # ------------------------------------------------------------------------------------------------ helpers
 
@@ -407,28 +416,45 @@ class Model:
         return sorted(found, key=lambda pair: (pair[0].request, pair[0].sample))
 
 
-def load(path: PathLike, dtype: Any = None, mesh: Any = None, cache_dtype: str | None = None) -> Model:
+def load(
+    path: PathLike,
+    dtype: Any = None,
+    mesh: Any = None,
+    cache_dtype: str | None = None,
+    quantize: str | None = None,
+) -> Model:
     """Loads a model for use.
 
     Args:
-      path: a run folder (its newest whole checkpoint), a checkpoint folder inside one, or a Hugging Face
-        directory (config.json and safetensors of T5 1.0/1.1 or LLaMA).
+      path: a run folder (its newest whole checkpoint), a checkpoint folder inside one, a Hugging Face
+        directory (config.json and safetensors of a family in models/families), a .gguf file, or a T5X
+        checkpoint of T5.
       dtype: "float32" or "bfloat16", of parameters and computation; None: as trained, and float32 for a
         Hugging Face directory.
       mesh: what to spread the model over: a MeshConfig takes this process's devices, a jax Mesh its own;
         None: one device.
-      cache_dtype: of the keys and values that decoding keeps; None: as the model computes.
+      cache_dtype: of the keys and values that decoding keeps, "int8" for example; None: as the model
+        computes.
+      quantize: "int8" rounds weights, and activations before products with them, to eight bits: a smaller
+        and faster model that answers a little differently. None: not.
 
     Raises:
+      ValueError: a value that is not among these.
       UserError: there is no model at the path, it is damaged, or its vocabulary does not fit it.
     """
+    if quantize not in (None, "int8"):
+        raise ValueError(f"quantize is {quantize!r}: only 'int8' is known, or None")
     stored = storage.load(path, dtype, mesh)
+    params = stored.params
+    if quantize:
+        params = jax.jit(functools.partial(quantized, stored.config), donate_argnums=0)(params)
     return Model(
         stored.config,
-        stored.params,
+        params,
         stored.vocabulary,
         stored.ids,
         mesh=stored.mesh,
         path=stored.path,
         cache_dtype=cache_dtype,
+        family=stored.family,
     )

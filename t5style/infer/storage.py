@@ -16,9 +16,14 @@ from jax.sharding import Mesh
 
 from t5style.corpus import vocabulary as vocabulary_lib
 from t5style.corpus.vocabulary import SentencePieceVocabulary, TokenizerVocabulary, Vocabulary
+from t5style.infer import gguf_vocabulary
+from t5style.infer import embedding
+from t5style.infer.embedding import Embedding
 from t5style.infer.ids import TokenIds, token_ids
-from t5style.models import convert
+from t5style.models import convert, t5x
 from t5style.models.config import DTYPES, TransformerConfig
+from t5style.models.gguf import GgufFile
+from t5style.models.gguf_tables import load_gguf
 from t5style.models.params import abstract_params, logical_axes
 from t5style.parallel.mesh import MeshConfig
 from t5style.parallel.rules import param_shardings
@@ -34,7 +39,8 @@ T5_EXTRA_IDS = 100  # transformers' default; spiece.model does not hold the sent
 @dataclasses.dataclass(frozen=True)
 class Stored:
     """What a model is made of, as it lies on disk; `ids` None: those of the vocabulary; `family`: the
-    model_type of the Hugging Face directory it comes from, None for others.
+    model_type of the Hugging Face directory it comes from, None for others; `embedding`: what that directory
+    says about making embeddings, None for nothing.
     """
 
     config: TransformerConfig
@@ -44,6 +50,7 @@ class Stored:
     mesh: Mesh | None = None
     path: str = ""
     family: str | None = None
+    embedding: Embedding | None = None
 
     @property
     def encoder_decoder(self) -> bool:
@@ -58,15 +65,21 @@ def load(path: PathLike, dtype: Any = None, mesh: Mesh | MeshConfig | None = Non
         raise UserError(
             f"there is no model at {os.fspath(path)!r}: no such file or folder (looked from {os.getcwd()})"
         )
-    if not folder.is_dir():
-        raise UserError(
-            f"{folder} is a file: give the folder it lies in (a run folder or a Hugging Face directory)"
-        )
     name = _dtype_name(dtype)
     if isinstance(mesh, MeshConfig):
         mesh = mesh.build(jax.local_devices())
+    if folder.suffix == ".gguf":
+        return _load_gguf(folder, name or "float32", mesh)
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder} is a file: give a .gguf file, or the folder it lies in (a run folder or a Hugging "
+            "Face directory)"
+        )
     if (run := _run_folder(folder)) is not None:
         return _load_run(folder, run, name, mesh)
+    if t5x.is_t5x(folder):
+        config, params = t5x.load_t5x(folder, name or "float32", mesh=mesh)
+        return Stored(config, params, _tokenizer(folder, config), mesh=mesh, path=os.fspath(folder))
     if (folder / "config.json").exists():
         return _load_huggingface(folder, name or "float32", mesh)
     holds = sorted(
@@ -76,8 +89,8 @@ def load(path: PathLike, dtype: Any = None, mesh: Mesh | MeshConfig | None = Non
     inner = [entry.rstrip("/") for entry in holds if (folder / entry / MODEL_FILE).exists()]
     raise UserError(
         f"{folder} is no model: it holds {shown}; looked for {MODEL_FILE} (a run folder), "
-        "state/ (a checkpoint in one), or config.json with safetensors (a Hugging Face directory)"
-        + (f". It holds the run folders {', '.join(inner)}: name one of them" if inner else "")
+        "state/ (a checkpoint in one), config.json with safetensors (a Hugging Face directory), or a T5X "
+        "checkpoint" + (f". It holds the run folders {', '.join(inner)}: name one of them" if inner else "")
     )
 
 
@@ -128,6 +141,14 @@ def _load_run(folder: epath.Path, run: epath.Path, dtype: str | None, mesh: Mesh
 # ----------------------------------------------------------------------------------- Hugging Face directories
 
 
+def _load_gguf(path: epath.Path, dtype: str, mesh: Mesh | None) -> Stored:
+    file = GgufFile(os.fspath(path))
+    config, params = load_gguf(file, dtype, mesh=mesh)
+    vocabulary = gguf_vocabulary.vocabulary(file.metadata, str(path))
+    ids = gguf_vocabulary.token_ids(file.metadata, vocabulary) if vocabulary is not None else None
+    return Stored(config, params, vocabulary, ids, mesh, path=os.fspath(path))
+
+
 def _load_huggingface(folder: epath.Path, dtype: str, mesh: Mesh | None) -> Stored:
     described = _read_json(folder / "config.json")
     generation = (
@@ -136,7 +157,8 @@ def _load_huggingface(folder: epath.Path, dtype: str, mesh: Mesh | None) -> Stor
     config, params = convert.load_huggingface(os.fspath(folder), dtype, mesh=mesh)
     vocabulary = _tokenizer(folder, config)
     ids = _huggingface_ids(folder, config, {**generation, **_without_none(described)}, vocabulary)
-    return Stored(config, params, vocabulary, ids, mesh, os.fspath(folder), described["model_type"])
+    how = embedding.read(folder) if config.encoder_layers else None
+    return Stored(config, params, vocabulary, ids, mesh, os.fspath(folder), described["model_type"], how)
 
 
 def _read_json(path: epath.Path) -> dict[str, Any]:
@@ -180,7 +202,7 @@ def _huggingface_ids(
         pad=int(pad),
         eos=ends,
         start=int(pad if start is None else start),
-        prefix=None if config.encoder_layers else _prefix(folder, described, vocabulary),
+        prefix=None if config.architecture == "encoder_decoder" else _prefix(folder, described, vocabulary),
     )
 
 
@@ -210,12 +232,19 @@ def save_huggingface(model: Stored, path: PathLike) -> None:
         extra["decoder_start_token_id"] = model.ids.start
     else:
         extra["bos_token_id"] = model.ids.prefix
-    also = None if model.vocabulary is None else functools.partial(_save_tokenizer, model)
+    also = functools.partial(_save_beside, model)
     convert.save_huggingface(path, model.config, model.params, family=model.family, extra=extra, also=also)
 
 
 def _one_or_list(ids: tuple[int, ...]) -> int | list[int] | None:
     return list(ids) if len(ids) > 1 else ids[0] if ids else None
+
+
+def _save_beside(model: Stored, folder: epath.Path) -> None:
+    if model.vocabulary is not None:
+        _save_tokenizer(model, folder)
+    if model.embedding is not None:
+        embedding.write(model.embedding, model.config.d_model, folder)
 
 
 def _save_tokenizer(model: Stored, folder: epath.Path) -> None:

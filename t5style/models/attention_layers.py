@@ -96,12 +96,12 @@ class Attention(nn.Module):
     @property
     def _settings(self) -> dict[str, Any]:
         c = self.config
-        settings: dict[str, Any] = {"scale": c.query_scale, "precision": c.precision}
-        if c.attention_softcap is not None:
-            settings["softcap"] = c.attention_softcap
-        if c.attention_sinks:
-            settings["sinks"] = self.sinks.astype(jnp.float32)
-        return settings
+        return {
+            "scale": c.query_scale,
+            "precision": c.precision,
+            "softcap": c.attention_softcap,
+            "sinks": self.sinks.astype(jnp.float32) if c.attention_sinks else None,
+        }
 
     def _normalised(self, x: jax.Array, norm: Norm) -> jax.Array:
         """`[batch, length, heads, head_dim]`, normalised over each head or over all of them together."""
@@ -155,8 +155,8 @@ class Attention(nn.Module):
             causal=causal,
             dropout=dropout,
             implementation=c.attention,
+            window=self.window,
             **self._settings,
-            **({} if self.window is None else {"window": self.window}),
         )
         return self.output(checkpoint_name(context, "attention_context"))
 
@@ -274,7 +274,7 @@ class LatentAttentionLayer(nn.Module):
             dropout=dropout,
             implementation=c.attention,
             precision=c.precision,
-            **({} if self.window is None else {"window": self.window}),
+            window=self.window,
         )
         return self.output(checkpoint_name(context, "attention_context"))
 

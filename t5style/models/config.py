@@ -17,7 +17,7 @@ INITS = ("t5", "normal")
 NORMS = ("rms", "layer")
 NORM_PLACEMENTS = ("pre", "post", "both", "output")
 LAYER_KINDS = ("full", "window", "full_nope")
-QUERY_KEY_NORMS = (None, "head", "width")
+QUERY_KEY_NORMS: tuple[str | None, ...] = (None, "head", "width")
 
 
 class LayerKind(NamedTuple):
@@ -434,6 +434,6 @@ def _whole(name: str, value: object, least: int, why: str = "") -> None:
         )
 
 
-def _choice(name: str, value: object, choices: Sequence[str]) -> None:
+def _choice(name: str, value: object, choices: Sequence[str | None]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} = {value!r} is not one of {', '.join(choices)}")
+        raise ValueError(f"{name} = {value!r} is not one of {', '.join(map(str, choices))}")

@@ -71,7 +71,7 @@ class Layer(nn.Module):
                 setattr(self, f"{name}_norm", norm(c))
             if c.norm_placement != "pre":
                 setattr(self, f"{name}_output_norm", norm(c))
-        self.mlp = self._experts() if self.kind.experts else Mlp(c, c.d_ff)
+        self.mlp: MoeMlp | Mlp = self._experts() if self.kind.experts else Mlp(c, c.d_ff)
         self.dropout = nn.Dropout(c.dropout)
         if c.relative_bias_per_layer and c.positions == "relative_bias":
             self.relative_bias = relative_bias(c, self.causal)
@@ -112,7 +112,7 @@ class Layer(nn.Module):
         return constrain(x + self.dropout(y, deterministic=deterministic), ("batch", "length", "embed"))
 
     def _mlp(self, x: jax.Array, deterministic: bool, real: jax.Array | None) -> jax.Array:
-        if self.kind.experts:
+        if isinstance(self.mlp, MoeMlp):
             return self.mlp(x, real=real, deterministic=deterministic)[0]
         return self.mlp(x, deterministic)
 

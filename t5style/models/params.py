@@ -84,7 +84,7 @@ def flops_per_example(
         total = 0.0
         for kind in config.layers_of(side):
             queries, keys, per_score = _attention_weights(config)
-            seen = length  # keys of the average query
+            seen: float = length  # keys of the average query
             if kind.attention == "window" and config.window is not None and config.window < length:
                 # The first queries see fewer than the window.
                 seen = config.window * (1 - (config.window - 1) / (2 * length)) if causal else config.window

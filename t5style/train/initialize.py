@@ -67,7 +67,7 @@ def load_params(
             "directory."
         )
     if (folder / "config.json").exists():
-        return _from_huggingface(folder, config, vocabulary)
+        return _from_huggingface(folder, config, shardings, vocabulary)
     found = checkpoint.find(folder)
     metadata = checkpoint.read_metadata(found)
     _same_model(TransformerConfig.from_json(metadata["model"]), config, str(found))
@@ -84,7 +84,10 @@ def load_params(
 
 
 def _from_huggingface(
-    folder: epath.Path, config: TransformerConfig, vocabulary: vocabulary_lib.Vocabulary
+    folder: epath.Path,
+    config: TransformerConfig,
+    shardings: Any,
+    vocabulary: vocabulary_lib.Vocabulary,
 ) -> Start:
     from t5style.models import convert  # safetensors is only needed here
 
@@ -97,8 +100,8 @@ def _from_huggingface(
     elif vocabulary not in theirs:
         other = vocabulary_lib.load(files[0], extra_ids=vocabulary.extra_ids)
         raise _other_vocabulary(folder, other.fingerprint, vocabulary, files[0])
-    saved, params = convert.load_huggingface(str(folder), dtype=config.param_dtype)
-    _same_model(saved, config, str(folder))
+    _same_model(convert.huggingface_config(str(folder), config.param_dtype), config, str(folder))
+    _, params = convert.load_huggingface(str(folder), config.param_dtype, shardings=shardings)
     return Start(params, source, {"parent": str(folder)})
 
 
