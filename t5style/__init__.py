@@ -9,10 +9,10 @@ if TYPE_CHECKING:
     from t5style.infer.model import Model
 
 
-def load(path: str | os.PathLike[str], dtype: Any = None, mesh: Any = None) -> Model:
-    """Loads a model from a run folder, a checkpoint or a Hugging Face directory: see
-    `t5style.infer.model.load`.
+def load(path: str | os.PathLike[str], dtype: Any = None, mesh: Any = None, **options: Any) -> Model:
+    """Loads a model from a run folder, a checkpoint, a Hugging Face directory, a .gguf file or a T5X
+    checkpoint: see `t5style.infer.model.load`, also for the options.
     """
     from t5style.infer import model  # here, because `python -m t5style.main --help` must not import jax
 
-    return model.load(path, dtype=dtype, mesh=mesh)
+    return model.load(path, dtype=dtype, mesh=mesh, **options)
