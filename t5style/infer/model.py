@@ -28,6 +28,7 @@ from t5style.infer.batch import (
     put,
 )
 from t5style.infer.decoding import Answer
+from t5style.infer.embedding import Embedding
 from t5style.infer.engine import Engine
 from t5style.infer.ids import TokenIds, token_ids
 from t5style.infer.settings import Fields, Settings, settings_of
@@ -52,6 +53,7 @@ class Model:
       cache_dtype: of the keys and values that decoding keeps; None: as the model computes.
       family: the model_type of the Hugging Face directory it comes from, in which it is saved; None: the
         first that fits.
+      embedding: how `embed` pools; by default the mean.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Model:
         path: str = "",
         cache_dtype: str | None = None,
         family: str | None = None,
+        embedding: Embedding | None = None,
     ) -> None:
         if vocabulary is not None and vocabulary.vocab_size > config.vocab_size:
             raise UserError(
@@ -75,7 +78,7 @@ class Model:
             ids = TokenIds() if vocabulary is None else token_ids(vocabulary)
         self.config, self.params, self.vocabulary, self.ids = config, params, vocabulary, ids
         self.mesh, self.rules, self.path, self.cache_dtype = mesh, rules, path, cache_dtype
-        self.family = family
+        self.family, self.embedding = family, embedding or Embedding()
         self._engine: Engine | None = None
 
     def __repr__(self) -> str:
@@ -283,11 +286,11 @@ class Model:
         return scoring.score(self, inputs, targets, batch_size, eos)
 
     def embed(self, inputs: Any, mask: Any = None, batch_size: int = BATCH_SIZE) -> np.ndarray:
-        """Embeddings, float32 `[batch, d_model]`: the mean of the encoder's outputs over the real tokens.
+        """Embeddings, float32 `[batch, d_model]`, of the encoder's outputs for the real tokens.
 
-        The pooling of Sentence-T5's "encoder mean" (Ni et al. 2022). A decoder-only model has no encoder and
-        does not
-        embed: its last states foretell the next token, and their mean is no good measure of a text.
+        Pooled as `embedding` says: by default their mean, as Sentence-T5's (Ni et al. 2022); a directory of
+        sentence-transformers says it itself. A decoder-only model does not embed: its last states foretell
+        the next token, and their mean is no good measure of a text.
 
         Args:
           inputs: texts, or int `[batch, length]` of the encoder's inputs.
@@ -295,7 +298,7 @@ class Model:
           batch_size: rows at a time.
 
         Raises:
-          ValueError: the model is decoder-only.
+          ValueError: the model is decoder-only, or an input is longer than it reads.
         """
         return scoring.embed(self, inputs, mask, batch_size)
 
@@ -312,7 +315,10 @@ class Model:
             raise ValueError(f"format is {format!r}: only 'huggingface' is known")
         if any(leaf.dtype == np.int8 for leaf in jax.tree.leaves(self.params)):
             raise ValueError("this model was quantised when it was loaded: save one that was not")
-        stored = storage.Stored(self.config, self.params, self.vocabulary, self.ids, family=self.family)
+        how = None if self.embedding == Embedding() else self.embedding
+        stored = storage.Stored(
+            self.config, self.params, self.vocabulary, self.ids, family=self.family, embedding=how
+        )
         storage.save_huggingface(stored, path)
 
     # ------------------------------------------------------------------------------------------------ helpers
@@ -328,10 +334,10 @@ class Model:
     def prompt_ids(self, text: str, number: int, what: str = "prompt", empty: bool = False) -> np.ndarray:
         """Ids of an input text as the encoder or the decoder-only model reads it, int32 [length]."""
         ids = self.text_vocabulary().encode(text, sentinels=self.encoder_decoder)
-        if self.encoder_decoder:
-            ids = ids + list(self.ids.eos[:1])  # T5's inputs are closed
-        elif self.ids.prefix is not None:
+        if not self.encoder_decoder and self.ids.prefix is not None:
             ids = [self.ids.prefix, *ids]
+        if self.config.encoder_layers:
+            ids = ids + list(self.ids.eos[:1])  # T5's inputs are closed, and BERT's
         if not (text or empty) or not ids:
             raise ValueError(f"{what} {number} is empty: give a text of at least one token")
         return np.asarray(ids, np.int32)
@@ -457,4 +463,5 @@ def load(
         path=stored.path,
         cache_dtype=cache_dtype,
         family=stored.family,
+        embedding=stored.embedding,
     )

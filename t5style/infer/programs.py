@@ -37,11 +37,19 @@ def token_scores(
     return chosen - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == targets
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def embed(config: TransformerConfig, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("config", "pooling"))
+def embed(
+    config: TransformerConfig, params: Any, batch: dict[str, jax.Array], pooling: str = "mean"
+) -> jax.Array:
+    """f32 `[batch, embed]`: pooled as Embedding.pooling says."""
     mask = batch["encoder_segment_ids"]
     encoded = Transformer(config).apply(
         {"params": params}, batch["encoder_input_tokens"], segment_ids=mask, method="encode"
     )
+    encoded = encoded.astype(jnp.float32)
     weights = mask[..., None].astype(jnp.float32)  # [batch, length, 1]
-    return (encoded.astype(jnp.float32) * weights).sum(axis=1) / jnp.maximum(weights.sum(axis=1), 1)
+    if pooling == "first":
+        return encoded[:, 0]
+    if pooling == "max":
+        return jnp.where(weights > 0, encoded, -jnp.inf).max(axis=1)
+    return (encoded * weights).sum(axis=1) / jnp.maximum(weights.sum(axis=1), 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,7 @@ def score(
 def embed(model: Model, inputs: Any, mask: Any, batch_size: int) -> np.ndarray:
     """See Model.embed."""
     if not model.config.encoder_layers:
-        raise ValueError("this model is decoder-only and has no encoder: embed needs an encoder-decoder")
+        raise ValueError("this model is decoder-only and has no encoder: embed needs one with an encoder")
     check_batch_size(batch_size)
     if len(inputs) and isinstance(inputs[0], str):
         if mask is not None:
@@ -58,6 +59,15 @@ def embed(model: Model, inputs: Any, mask: Any, batch_size: int) -> np.ndarray:
     else:
         array, real = model.check("inputs", inputs, mask)
         rows = [row[keep != 0] for row, keep in zip(array, real, strict=True)]
+    how = model.embedding
+    limits = [model.config.context_length if model.config.positions == "learned" else None, how.max_length]
+    longest = min((limit for limit in limits if limit is not None), default=None)
+    for i, row in enumerate(rows):
+        if longest is not None and len(row) > longest:
+            raise ValueError(
+                f"input {i} has {len(row)} tokens, and this model embeds at most {longest}: shorten it"
+            )
+    program = functools.partial(programs.embed, pooling=how.pooling)
     result = np.zeros((len(rows), model.config.d_model), np.float32)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for start in range(0, len(order), batch_size):
@@ -65,8 +75,8 @@ def embed(model: Model, inputs: Any, mask: Any, batch_size: int) -> np.ndarray:
         longest = bucket(max(len(rows[i]) for i in chosen))
         tokens, real = pad_rows([rows[i] for i in chosen], len(chosen), longest, model.ids.pad)
         batch = {"encoder_input_tokens": tokens, "encoder_segment_ids": real}
-        result[chosen] = jax.device_get(model.run(programs.embed, batch))[: len(chosen)]
-    return result
+        result[chosen] = jax.device_get(model.run(program, batch))[: len(chosen)]
+    return how.finish(result)
 
 
 def _score(model: Model, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:

@@ -16,8 +16,7 @@ from jax.sharding import Mesh
 
 from t5style.corpus import vocabulary as vocabulary_lib
 from t5style.corpus.vocabulary import SentencePieceVocabulary, TokenizerVocabulary, Vocabulary
-from t5style.infer import gguf_vocabulary
-from t5style.infer import embedding
+from t5style.infer import embedding, gguf_vocabulary
 from t5style.infer.embedding import Embedding
 from t5style.infer.ids import TokenIds, token_ids
 from t5style.models import convert, t5x
