@@ -1,4 +1,7 @@
+import dataclasses
+import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +9,9 @@ import numpy as np
 import pytest
 
 from t5style.nn.parameter import normal
-from t5style.nn.positions import RelativeBias, relative_bucket, rotary_angles, rotate
+from t5style.nn.positions import RelativeBias, relative_bucket, rotary_angles, rotary_frequencies, rotate
+from t5style.nn.settings import RopeScaling
+from tests.nn import rope_families
 
 
 def published_bucket(distance: int, bidirectional: bool, buckets: int, max_distance: int) -> int:
@@ -86,3 +91,120 @@ def test_rotation_pairs_dimensions_half_a_head_apart():
     x = jnp.zeros((1, 1, 1, 4)).at[..., 1].set(1.0)
     got = rotate(x, rotary_angles(jnp.array([[1]]), 4, 10_000.0))
     np.testing.assert_allclose(got[0, 0, 0], [0, math.cos(0.01), 0, math.sin(0.01)], atol=1e-6)
+
+
+def scaling_of(name: str) -> RopeScaling | None:
+    fields = rope_families.CASES[name][3]
+    return None if fields is None else RopeScaling(**fields)
+
+
+def check_frequencies(name, want, want_factor):
+    head_dim, theta, fraction = rope_families.CASES[name][:3]
+    scaling = scaling_of(name)
+    got = rotary_frequencies(int(head_dim * fraction), theta, scaling)
+    np.testing.assert_allclose(got, np.asarray(want, np.float32), rtol=1e-6)
+    cosine, sine = rotary_angles(jnp.array([[0, 3]]), head_dim, theta, scaling, fraction)
+    assert cosine.shape == sine.shape == (1, 2, 1, len(want))
+    np.testing.assert_allclose(cosine[0, 0, 0], want_factor, rtol=1e-6)
+    np.testing.assert_allclose(
+        sine[0, 1, 0], want_factor * np.sin(3 * np.asarray(want)), rtol=2e-5, atol=1e-7
+    )
+
+
+@pytest.mark.parametrize("name", rope_families.CASES)
+def test_frequencies_equal_what_transformers_computed(name):
+    check_frequencies(name, *json.loads(rope_families.GOLDEN.read_text())[name])
+
+
+@pytest.mark.parametrize("name", rope_families.CASES)
+def test_frequencies_equal_transformers(name):
+    pytest.importorskip("torch", reason="torch is not installed: golden numbers only")
+    pytest.importorskip("transformers", reason="transformers is not installed: golden numbers only")
+    check_frequencies(name, *rope_families.of_transformers(name))
+
+
+def test_longrope_has_short_factors_where_no_length_is_said():
+    long = scaling_of("phi_3, 4097 tokens")
+    short = scaling_of("phi_3, 4096 tokens")
+    unsaid = dataclasses.replace(long, length_in_use=None)
+    of = [rotary_frequencies(12, 10_000.0, scaling) for scaling in (unsaid, short, long)]
+    np.testing.assert_array_equal(of[0], of[1])
+    assert (of[2] < of[1]).all()
+
+
+@pytest.mark.parametrize("name", [name for name in rope_families.CASES if scaling_of(name)])
+def test_scalings_can_be_hashed_and_survive_json(name):
+    scaling = scaling_of(name)
+    again = RopeScaling(**json.loads(json.dumps(dataclasses.asdict(scaling))))
+    assert again == scaling
+    assert hash(again) == hash(scaling)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "dynamic", "factor": 2.0}, "'dynamic' is not one of linear, llama3, yarn, longrope"),
+        ({"kind": "linear", "factor": 0.5}, "factor = 0.5 must be at least 1"),
+        (
+            {"kind": "linear", "factor": 2.0, "beta_fast": 16.0},
+            "beta_fast = 16.0 is no setting of kind 'linear'",
+        ),
+        ({"kind": "yarn", "factor": 2.0}, "kind 'yarn' needs original_length"),
+        ({"kind": "yarn", "factor": 2.0, "original_length": 1.5}, "original_length = 1.5 must be a whole"),
+        (
+            {"kind": "yarn", "factor": 2.0, "original_length": 64, "beta_slow": 40.0},
+            "beta_slow = 40.0 must be less than beta_fast = 32.0",
+        ),
+        (
+            {"kind": "yarn", "factor": 2.0, "original_length": 64, "attention_factor": 0.0},
+            "attention_factor = 0.0 must be positive",
+        ),
+        (
+            {
+                **{"kind": "llama3", "factor": 8.0, "original_length": 64},
+                **{"low_freq_factor": 4.0, "high_freq_factor": 4.0},
+            },
+            "low_freq_factor = 4.0 must be less than high_freq_factor = 4.0",
+        ),
+        (
+            {
+                **{"kind": "longrope", "factor": 8.0, "original_length": 64},
+                **{"short_factors": [1.0], "long_factors": [1.0, 2.0]},
+            },
+            "short_factors are 1 numbers and long_factors 2",
+        ),
+        (
+            {
+                **{"kind": "longrope", "factor": 8.0, "original_length": 64},
+                **{"short_factors": [0.0], "long_factors": [1.0]},
+            },
+            "must all be positive",
+        ),
+    ],
+)
+def test_scalings_that_make_no_sense_are_refused(fields, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        RopeScaling(**fields)
+
+
+def test_factors_that_do_not_fit_the_head_are_refused():
+    with pytest.raises(ValueError, match="6 short_factors and long_factors, but 16 rotated dimensions are 8"):
+        rotary_frequencies(16, 10_000.0, scaling_of("phi_3, 4096 tokens"))
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.2, 1.5])
+def test_fractions_that_are_no_pairs_are_refused(fraction):
+    with pytest.raises(ValueError, match="must be an even number from 2 to head_dim"):
+        rotary_angles(jnp.array([[0]]), 16, 10_000.0, fraction=fraction)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_fraction_rotates_the_first_dimensions_as_a_narrower_head_and_leaves_the_rest(dtype):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 2, 16)), dtype)
+    positions = jnp.array([[0, 5, 6], [2, 3, 9]])
+    got = rotate(x, rotary_angles(positions, 16, 10_000.0, fraction=0.25))
+    assert got.dtype == dtype
+    np.testing.assert_array_equal(got[..., 4:], x[..., 4:])
+    want = rotate(x[..., :4], rotary_angles(positions, 4, 10_000.0))
+    np.testing.assert_array_equal(got[..., :4], want)
+    assert not np.allclose(np.asarray(got[:, 1:, :, :4], np.float32), np.asarray(x[:, 1:, :, :4], np.float32))
