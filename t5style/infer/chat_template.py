@@ -277,6 +277,23 @@ def from_gguf(metadata: Mapping[str, Any], place: str = "the GGUF file") -> dict
     }
 
 
+def of(path: PathLike) -> dict[str, ChatTemplate]:
+    """The chat templates of a model by name: of a GGUF file, a Hugging Face directory, or a run folder (in it
+    or in its vocabulary folder). Empty where it has none.
+    """
+    place = epath.Path(path)
+    if place.is_file():
+        from t5style.models.gguf import GgufFile
+
+        return from_gguf(GgufFile(place).metadata, os.fspath(place))
+    if place.name == "checkpoints" or place.parent.name == "checkpoints":
+        place = place.parent if place.name == "checkpoints" else place.parent.parent
+    for folder in (place, place / "vocabulary"):
+        if folder.is_dir() and (found := read(folder)):
+            return found
+    return {}
+
+
 def choose(templates: Mapping[str, ChatTemplate], tools: bool = False) -> ChatTemplate | None:
     """The template for a conversation, with or without tools; None if there is none."""
     if tools and TOOL_USE in templates:
