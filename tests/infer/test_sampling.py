@@ -252,3 +252,11 @@ def test_seeds_count_up_and_wrap():
     assert [row.seed for row in settings_of(2, [Settings(seed=7)] * 2)] == [7, 7]
     for seed in (2**32 - 1, -1):
         assert prepared([Settings(seed=seed)], 5)[0]["seed"].tolist() == [2**32 - 1]
+
+
+def test_a_steep_distribution_is_not_sorted():
+    rows, kinds = prepared([Settings(temperature=1.0, top_p=0.9)], 3000)
+    program = jax.jit(lambda x, rows: sampling.draw(x, jnp.int32(0), rows, kinds))
+    compiled = program.lower(jnp.zeros((1, 3000)), rows).compile().as_text()
+    assert compiled.count('custom_call_target="TopK"') == 1
+    assert compiled.count(" sort(") == 1  # in the branch for flat ones
