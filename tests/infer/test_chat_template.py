@@ -12,7 +12,12 @@ import pytest
 from hypothesis import strategies as st
 
 from t5style.corpus import vocabulary as vocabulary_lib
-from t5style.corpus.vocabulary import ByteVocabulary, CharacterVocabulary, SentencePieceVocabulary
+from t5style.corpus.vocabulary import (
+    ByteVocabulary,
+    CharacterVocabulary,
+    SentencePieceVocabulary,
+    TokenizerVocabulary,
+)
 from t5style.infer import chat_template, chat_tokens
 from t5style.infer.chat_template import ChatTemplate, render
 from t5style.infer.chat_tokens import special_tokens, stop_tokens, tokenize
@@ -217,6 +222,65 @@ def test_no_text_makes_a_special_token_once_it_is_escaped(content):
     assert [i for i in ids if i in special] == [i for i in bare if i in special]
     decoded = chat_tokens._tokenizer(VOCABULARY).decode(ids, skip_special_tokens=False)
     assert decoded == render(template("chatml"), messages)
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "byte_level_prefix", "metaspace_first", "metaspace", "llama"])
+def test_special_tokens_and_texts_are_read_as_by_transformers(kind):
+    transformers = pytest.importorskip("transformers", reason="transformers (extra: parity) is not installed")
+    import tokenizers
+    from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
+
+    made = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=kind == "llama"))
+    if kind.startswith("byte_level"):
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=kind.endswith("prefix"))
+        made.decoder = decoders.ByteLevel()
+    elif kind == "llama":
+        made.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        )
+        made.decoder = decoders.Sequence(
+            [
+                decoders.Replace("\u2581", " "),
+                decoders.ByteFallback(),
+                decoders.Fuse(),
+                decoders.Strip(" ", 1, 0),
+            ]
+        )
+    else:
+        scheme = "first" if kind.endswith("first") else "always"
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+        made.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    special = ["<unk>", "<s>", "</s>", "<|im_end|>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    alphabet = pre_tokenizers.ByteLevel.alphabet() if kind.startswith("byte") else []
+    text = "".join(m["content"] for messages in t.CONVERSATIONS for m in messages)
+    made.train_from_iterator(
+        [text] * 3,
+        trainers.BpeTrainer(
+            vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    made.add_special_tokens([AddedToken("<mask>", lstrip=True, special=True)])
+    made.add_tokens(
+        [AddedToken("<tool>", rstrip=True, normalized=False), AddedToken("word", single_word=True)]
+    )
+    content = made.to_str()
+    vocabulary = TokenizerVocabulary(content.encode())
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(content), eos_token="</s>"
+    )
+    for text in (
+        "The capital <|im_end|> of</s>Japan",
+        "<s> a  b\n\n c <mask> word swords <tool>  x",
+        " é🙂\u2581 <0x41>",
+        "",
+    ):
+        read = theirs(text, add_special_tokens=False)["input_ids"]
+        assert chat_tokens.encode(vocabulary, text)[0] == read
+        plain = theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert vocabulary.encode(text) == plain
+        assert not set(vocabulary.encode(text)) & {
+            made.token_to_id(name) for name in ("<s>", "</s>", "<mask>")
+        }
 
 
 def test_the_token_that_ends_a_turn():
