@@ -1,5 +1,6 @@
 """Published models and a few small ones as configs. Each takes changes by name: `t5_1_1_small(dropout=0.1)`.
 
+PRESETS has all of them, those of presets_encoder.py and presets_gpt.py too: `PRESETS['gpt2_small']()`.
 The same models are in gin/models/*.gin, field by field, for configurations (a test compares the two).
 Sizes: T5 1.0, Raffel et al. 2020 section 3.7; T5 1.1, the text-to-text-transfer-transformer release notes;
   LLaMA 2,
@@ -9,6 +10,7 @@ are those of the published checkpoints.
 
 from typing import Any
 
+from t5style.models import presets_encoder, presets_gpt
 from t5style.models.config import TransformerConfig
 
 
@@ -143,23 +145,27 @@ def llama3_8b(**changes: Any) -> TransformerConfig:
     )
 
 
-PRESETS = {
-    preset.__name__: preset
-    for preset in (
-        t5_tiny,
-        t5_small,
-        t5_base,
-        t5_large,
-        t5_3b,
-        t5_11b,
-        t5_1_1_small,
-        t5_1_1_base,
-        t5_1_1_large,
-        t5_1_1_xl,
-        t5_1_1_xxl,
-        llama_tiny,
-        llama_small,
-        llama2_7b,
-        llama3_8b,
-    )
+PRESETS: dict[str, presets_encoder.Preset] = {
+    **{
+        preset.__name__: preset
+        for preset in (
+            t5_tiny,
+            t5_small,
+            t5_base,
+            t5_large,
+            t5_3b,
+            t5_11b,
+            t5_1_1_small,
+            t5_1_1_base,
+            t5_1_1_large,
+            t5_1_1_xl,
+            t5_1_1_xxl,
+            llama_tiny,
+            llama_small,
+            llama2_7b,
+            llama3_8b,
+        )
+    },
+    **presets_encoder.PRESETS,
+    **presets_gpt.PRESETS,
 }
