@@ -302,6 +302,14 @@ class Model:
         """
         return scoring.embed(self, inputs, mask, batch_size)
 
+    def classify(self, inputs: Any, mask: Any = None, batch_size: int = BATCH_SIZE) -> np.ndarray:
+        """A classifier's logits, float32 `[batch, classes]`; arguments as embed's.
+
+        Raises:
+          ValueError: the model is no classifier of texts, or an input is longer than it reads.
+        """
+        return scoring.classify(self, inputs, mask, batch_size)
+
     # --------------------------------------------------------------------------------------------------- disk
 
     def save(self, path: PathLike, format: str = "huggingface") -> None:

@@ -53,3 +53,15 @@ def embed(
     if pooling == "max":
         return jnp.where(weights > 0, encoded, -jnp.inf).max(axis=1)
     return (encoded * weights).sum(axis=1) / jnp.maximum(weights.sum(axis=1), 1)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def classify(config: TransformerConfig, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+    """f32 `[batch, classes]`."""
+    outputs = Transformer(config).apply(
+        {"params": params},
+        batch["encoder_input_tokens"],
+        segment_ids=batch["encoder_segment_ids"],
+        method="encoder_outputs",
+    )
+    return outputs["classes"]

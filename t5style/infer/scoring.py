@@ -51,32 +51,49 @@ def embed(model: Model, inputs: Any, mask: Any, batch_size: int) -> np.ndarray:
     """See Model.embed."""
     if not model.config.encoder_layers:
         raise ValueError("this model is decoder-only and has no encoder: embed needs one with an encoder")
+    program = functools.partial(programs.embed, pooling=model.embedding.pooling)
+    return model.embedding.finish(_encoded(model, inputs, mask, batch_size, program))
+
+
+def classify(model: Model, inputs: Any, mask: Any, batch_size: int) -> np.ndarray:
+    """See Model.classify."""
+    if not (model.config.classes and model.config.pooler):
+        raise ValueError(
+            f"this model has no classifier of texts (classes = {model.config.classes}, pooler = "
+            f"{model.config.pooler})"
+        )
+    return _encoded(model, inputs, mask, batch_size, programs.classify)
+
+
+def _encoded(model: Model, inputs: Any, mask: Any, batch_size: int, program: Any) -> np.ndarray:
+    """What a program makes of each input, float32 `[inputs, width]`."""
     check_batch_size(batch_size)
     if len(inputs) and isinstance(inputs[0], str):
         if mask is not None:
-            raise ValueError("embed takes a mask with token arrays only, not with texts")
+            raise ValueError("a mask goes with token arrays only, not with texts")
         rows = [model.prompt_ids(text, i, "input") for i, text in enumerate(check_texts("inputs", inputs))]
     else:
         array, real = model.check("inputs", inputs, mask)
         rows = [row[keep != 0] for row, keep in zip(array, real, strict=True)]
-    how = model.embedding
-    limits = [model.config.context_length if model.config.positions == "learned" else None, how.max_length]
-    longest = min((limit for limit in limits if limit is not None), default=None)
+    own = model.config.context_length if model.config.positions == "learned" else None
+    limits = [limit for limit in (own, model.embedding.max_length) if limit is not None]
     for i, row in enumerate(rows):
-        if longest is not None and len(row) > longest:
+        if not len(row):
+            raise ValueError(f"input {i} has no real token")
+        if limits and len(row) > min(limits):
             raise ValueError(
-                f"input {i} has {len(row)} tokens, and this model embeds at most {longest}: shorten it"
+                f"input {i} has {len(row)} tokens, and this model reads at most {min(limits)}: shorten it"
             )
-    program = functools.partial(programs.embed, pooling=how.pooling)
-    result = np.zeros((len(rows), model.config.d_model), np.float32)
+    result: dict[int, np.ndarray] = {}
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         longest = bucket(max(len(rows[i]) for i in chosen))
         tokens, real = pad_rows([rows[i] for i in chosen], len(chosen), longest, model.ids.pad)
         batch = {"encoder_input_tokens": tokens, "encoder_segment_ids": real}
-        result[chosen] = jax.device_get(model.run(program, batch))[: len(chosen)]
-    return how.finish(result)
+        made = jax.device_get(model.run(program, batch))
+        result |= {i: made[row] for row, i in enumerate(chosen)}
+    return np.stack([result[i] for i in range(len(rows))])
 
 
 def _score(model: Model, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:

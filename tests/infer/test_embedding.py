@@ -44,11 +44,27 @@ def test_poolings_of_a_tiny_bert(tmp_path):
 
 def test_inputs_longer_than_the_model_reads_are_refused(tmp_path):
     model = t5style.load(bert(tmp_path / "m")[0])
-    with pytest.raises(ValueError, match="input 0 has 25 tokens, and this model embeds at most 24"):
+    with pytest.raises(ValueError, match="input 0 has 25 tokens, and this model reads at most 24"):
         model.embed(np.ones((1, 25), np.int32))
     model.embedding = Embedding(max_length=5)
-    with pytest.raises(ValueError, match="input 1 has 6 tokens, and this model embeds at most 5"):
+    with pytest.raises(ValueError, match="input 1 has 6 tokens, and this model reads at most 5"):
         model.embed(np.ones((2, 6), np.int32), np.array([[1] * 5 + [0], [1] * 6]))
+
+
+def test_a_classifier_of_texts(tmp_path):
+    fields, weights, arrays, outputs = golden("bert_classes")
+    folder = write(tmp_path / "m", fields, weights)
+    model = t5style.load(folder)
+    config, params = model.config, model.params
+    tokens, mask = arrays["tokens"], arrays["mask"]
+    want = runner(config, "encoder_outputs")(params, tokens, segment_ids=mask)["classes"]
+    got = model.classify(tokens, mask, batch_size=2)
+    assert got.shape == outputs["classes"].shape
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    with pytest.raises(ValueError, match=r"no classifier of texts \(classes = 0"):
+        t5style.load(bert(tmp_path / "b")[0]).classify(tokens)
+    with pytest.raises(ValueError, match="input 1 has no real token"):
+        model.embed(tokens[:2], [[1] * 9, [0] * 9])
 
 
 def test_an_encoder_has_no_answers(tmp_path):

@@ -24,6 +24,8 @@ from tests.models.tiny import runner
 KINDS = list(MODELS)
 BERT = [kind for kind in KINDS if kind.startswith("bert")]
 OTHERS = [kind for kind in KINDS if kind not in BERT]
+# With a cache, those that compute as T5 and GPT-2 do need no compilation of their own.
+CACHED = [kind for kind in OTHERS if kind not in ("mt5", "byt5", "ul2", "gpt2_untied")]
 
 
 def load(folder):
@@ -181,7 +183,7 @@ def test_packed_rows_of_an_encoder_are_those_apart(tmp_path):
     assert np.abs(packed[1, 5:] - packed[0, 5:]).max() > 0.1  # padding is no token
 
 
-@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("kind", CACHED)
 def test_decoding_in_pieces_is_the_whole(kind, tmp_path):
     """Three pieces of three tokens, with padding on either side."""
     fields, weights, arrays, outputs = golden(kind)
