@@ -192,6 +192,7 @@ def _family_of(config: TransformerConfig, family: str | None) -> tuple[str, dict
     """The name of the family to save as, and its config.json."""
     if family is not None and family not in FAMILIES:
         raise UserError(f"family = {family!r} is not one of {', '.join(FAMILIES)}")
+    family = family and (FAMILIES[family].saved_as or family)
     names = [family] if family else [n for n in FAMILIES if FAMILIES[n].kind == config.architecture]
     reasons: list[UserError] = []
     for name in names:

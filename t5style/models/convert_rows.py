@@ -225,7 +225,7 @@ class Fields:
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
         self._values = values
         self._read: set[str] = set(self._INERT.split())
-        self._where = where
+        self.where = where
 
     def get(self, name: str, default: Any = None) -> Any:
         """The field's value, or the default that transformers documents for a file without it."""
@@ -252,7 +252,7 @@ class Fields:
 
     def error(self, text: str) -> UserError:
         """An error that says where the config stands."""
-        return UserError(f"{self._where}: {text}")
+        return UserError(f"{self.where}: {text}")
 
     def activation(self, name: str, default: str | None = None) -> str:
         """The name of our activation for the field of theirs."""
@@ -271,8 +271,8 @@ class Fields:
             )
         return float(rates[names[0]])
 
-    def config(self, **fields: Any) -> TransformerConfig:
-        """The TransformerConfig, once every field of theirs is accounted for."""
+    def check(self) -> None:
+        """Refuses fields that nobody read."""
         unknown = sorted(name for name in set(self._values) - self._read if self._values[name] is not None)
         if unknown:
             raise self.error(
@@ -280,6 +280,10 @@ class Fields:
                 + (f" (nor {', '.join(unknown[1:])})" if unknown[1:] else "")
                 + "; remove it from config.json if it changes nothing about the model"
             )
+
+    def config(self, **fields: Any) -> TransformerConfig:
+        """The TransformerConfig, once every field of theirs is accounted for."""
+        self.check()
         try:
             return TransformerConfig(**fields)
         except (ValueError, TypeError) as error:
@@ -322,6 +326,7 @@ class Family:
       tokens: entries of config.json about special tokens, where the family fixes them.
       rename: the name in this table of a tensor in a file, for checkpoints that leave a prefix out, say.
       held: the config with what only the tensors tell, by their names and shapes: whether there is a head.
+      saved_as: the family to save it as instead, for one of which only a part is loaded.
     """
 
     architecture: str
@@ -336,6 +341,7 @@ class Family:
     tokens: Mapping[str, int] = dataclasses.field(default_factory=dict)
     rename: Callable[[str], str] = lambda name: name
     held: Callable[[TransformerConfig, Mapping[str, Shape]], TransformerConfig] | None = None
+    saved_as: str | None = None
 
 
 # What may differ between two configs whose models compute the same with the same parameters (dropout: in
@@ -362,6 +368,8 @@ def computation(config: TransformerConfig) -> dict[str, Any]:
         "kv_heads": config.kv_heads,
         "heads_width": config.heads_width,
     }
+    if config.rope_scaling is not None:  # which of its factors are in use is no part of a model
+        values["rope_scaling"] = dataclasses.replace(config.rope_scaling, length_in_use=None)
     for side in ("encoder", "decoder"):
         for number, kind in enumerate(config.layers_of(side)):
             experts = " with experts" if kind.experts else ""

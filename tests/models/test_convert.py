@@ -134,14 +134,14 @@ def test_bfloat16_in_and_out(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "fields", "message"),
     [
-        ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling with rope_type"),
+        ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling: .* needs orig"),
         ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type = 'yarn'"),
         (
             "llama",
             {"rope_parameters": {"rope_type": "default", "partial": 0.5}},
             "rope_parameters.partial = 0.5",
         ),
-        ("llama", {"attention_bias": True}, "attention_bias = True is not supported"),
+        ("llama", {"attention_bias": True}, "lacks 8 tensors .*: model.layers.0.self_attn.q_proj.bias"),
         ("llama", {"sliding_window": 128}, "the field sliding_window = 128 is not one we honour"),
         ("llama", {"hidden_act": "relu2"}, "hidden_act = 'relu2'"),
         ("llama", {"num_key_value_heads": 3}, "num_kv_heads = 3"),
