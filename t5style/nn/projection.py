@@ -47,23 +47,25 @@ def project_int8(
 ) -> jax.Array:
     """As `project`, of an int8 kernel, whose columns are multiplied by scale f32 `[*outer]`.
 
-    x is rounded to int8 too, each token by the largest of its values (W8A8 with dynamic scales; Dettmers et
-    al. 2022, section 2.1), so that the product is one of integers.
+    x becomes integers too, so that the product is one of integers: each token is divided by a 127th of its
+    largest value and rounded, and what the rounding left is rounded in turn to a 254th. Two products of int8
+    with one reading of the kernel keep 15 bits of x; with the first alone (Dettmers et al. 2022, section 2.1)
+    the perplexity of SmolLM2-135M was 3.8 % higher than in float32.
     """
     batch, outer = x.shape[: x.ndim - contracted], kernel.shape[contracted:]
     wide = x.reshape(math.prod(batch), -1).astype(jnp.float32)  # [tokens, inner]
     unit = jnp.maximum(jnp.abs(wide).max(axis=1, keepdims=True), 1e-12) / 127  # [tokens, 1]
-    small = jnp.round(wide / unit).astype(jnp.int8)
-    tokens = len(small)
-    if tokens == 1 and platform.platform() == "cpu":  # XLA's product of one row of integers is a slow loop
-        small = jnp.concatenate([small, small])
+    wide = wide / unit
+    whole = jnp.round(wide)
+    rest = jnp.round((wide - whole) * 254)
     product = jax.lax.dot_general(
-        small,
-        kernel.reshape(small.shape[1], -1),
+        jnp.concatenate([whole, rest]).astype(jnp.int8),  # [2 · tokens, inner]
+        kernel.reshape(wide.shape[1], -1),
         (((1,), (0,)), ((), ())),
         preferred_element_type=jnp.int32,
-    )[:tokens]
-    product = product.astype(jnp.float32) * unit * scale.reshape(-1)
+    ).astype(jnp.float32)
+    tokens = len(wide)
+    product = (product[:tokens] + product[tokens:] / 254) * unit * scale.reshape(-1)
     return product.astype(out_dtype or x.dtype).reshape(*batch, *outer)
 
 
