@@ -175,13 +175,21 @@ class Batch:
       answers: the answers of request 0, of request 1, and so on; each has its first token at once.
     """
 
-    def __init__(self, engine: Engine, prompts: Sequence[np.ndarray], settings: Sequence[Settings]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        prompts: Sequence[np.ndarray],
+        settings: Sequence[Settings],
+        spare: int = 0,
+    ) -> None:
+        """Reads the prompts. spare: room for so many tokens more, which may be taken back from the cache."""
         self._engine = engine
         self.answers = [
             Answer(request, sample, row) for request, row in enumerate(settings) for sample in range(row.n)
         ]
         slots = bucket(max(row.max_new_tokens for row in settings))
-        prefilled = engine.prefill(prompts, slots - 1)  # the last token is never fed back
+        # The last token is never fed back. A ring cannot be rewound.
+        prefilled = engine.prefill(prompts, slots - 1 + spare, ring=not spare)
         logits, self._cache = prefilled.logits, prefilled.cache
         batch = batch_bucket(len(self.answers), engine.mesh)
         index = np.zeros(batch, np.int32)
@@ -207,7 +215,7 @@ class Batch:
         self._pad = np.int32(engine.ids.pad)
         with on_mesh(engine.mesh, engine.rules):
             mask = self._mask()
-            self._state = _begin(logits, self._rows, mask, self._pad, slots=slots, kinds=self._kinds)
+            self._state = _begin(logits, self._rows, mask, self._pad, slots=slots + spare, kinds=self._kinds)
         self._layout: Any = None
         if engine.mesh is not None:
             leaves = jax.tree.leaves((self._cache, self._state))

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from t5style.corpus.vocabulary import Vocabulary
-from t5style.infer import programs, scoring, storage
+from t5style.infer import beams, programs, scoring, speculative, storage
 from t5style.infer.answers import Completion, Stream, answer_all, completion
 from t5style.infer.batch import (
     batch_bucket,
@@ -255,14 +255,46 @@ class Model:
           an iterator of texts, whose `completion` is the whole answer when they have ended.
         """
         vocabulary = self.text_vocabulary()
-        if isinstance(prompt, str):
-            ids = self.prompt_ids(prompt, 0)
-        else:
-            ids = self.check("prompt", np.asarray(prompt)[None], None)[0][0]
+        ids = self._ids(prompt, 0)
         (row,) = self._settings([ids], max_new_tokens, settings, fields)
         if row.n != 1:
             raise ValueError(f"n is {row.n}: a stream is one answer, call complete for several")
         return Stream(self.engine, ids, row, vocabulary)
+
+    def beam_search(
+        self,
+        prompts: Sequence[str | Sequence[int] | np.ndarray],
+        num_beams: int = 4,
+        length_penalty: float = 1.0,
+        n: int = 1,
+        max_new_tokens: int = 128,
+        early_stopping: bool | str = False,
+        stop_tokens: Sequence[int] | None = None,
+    ) -> list[Completion]:
+        """The n best answers that beam search finds for each prompt, a text or token ids; see beams.Beams."""
+        how = beams.Beams(num_beams, length_penalty, n, max_new_tokens, early_stopping, stop_tokens)
+        rows = [self._ids(prompt, i) for i, prompt in enumerate(prompts)]
+        self._settings(rows, max_new_tokens, None, {"stop_tokens": stop_tokens})
+        return beams.completions(beams.search(self.engine, rows, how), self.vocabulary)
+
+    def generate_speculative(
+        self,
+        prompt: str | Sequence[int] | np.ndarray,
+        draft: Model | None = None,
+        max_new_tokens: int | None = None,
+        settings: Settings | None = None,
+        *,
+        guesses: int | None = None,
+        ngram: int = 3,
+        **fields: Unpack[Fields],
+    ) -> speculative.Speculated:
+        """The answer of `complete` to a text or token ids, several tokens a step; see speculative.speculate."""
+        ids = self._ids(prompt, 0)
+        (row,) = self._settings([ids], max_new_tokens, settings, fields)
+        if draft is not None:
+            draft._check_length(0, len(ids), row.max_new_tokens)
+        other = None if draft is None else draft.engine
+        return speculative.speculate(self.engine, ids, row, self.vocabulary, other, guesses, ngram)
 
     def score(
         self,
@@ -349,6 +381,12 @@ class Model:
         if not (text or empty) or not ids:
             raise ValueError(f"{what} {number} is empty: give a text of at least one token")
         return np.asarray(ids, np.int32)
+
+    def _ids(self, prompt: str | Sequence[int] | np.ndarray, number: int) -> np.ndarray:
+        """A prompt as it enters the model: a text's ids, or those that are given, checked."""
+        if isinstance(prompt, str):
+            return self.prompt_ids(prompt, number)
+        return self.check("prompt", np.asarray(prompt)[None], None)[0][0]
 
     def check(self, name: str, tokens: Any, mask: Any) -> tuple[np.ndarray, np.ndarray]:
         return check_tokens(name, tokens, mask, self.config.vocab_size, self.ids.pad)

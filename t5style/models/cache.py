@@ -91,3 +91,12 @@ def init_cache(
     else:
         cache["encoder_valid"] = jnp.asarray(encoder_segment_ids) != 0
     return cache
+
+
+def rewind(cache: Cache, count: jax.Array | int) -> Cache:
+    """The cache without its newest `count` tokens, which are real in every row; not of one with rings
+    (init_cache's chunk), where the newest have taken the place of older ones.
+    """
+    slot = cache["slot"] - count
+    kept = jnp.arange(cache["valid"].shape[1]) < slot
+    return cache | {"slot": slot, "length": cache["length"] - count, "valid": cache["valid"] & kept}
