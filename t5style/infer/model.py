@@ -288,7 +288,7 @@ class Model:
         ngram: int = 3,
         **fields: Unpack[Fields],
     ) -> speculative.Speculated:
-        """The answer of `complete` to a text or token ids, several tokens a step; see speculative.speculate."""
+        """The answer of `complete` to a text or ids, made of guesses; see speculative.speculate."""
         ids = self._ids(prompt, 0)
         (row,) = self._settings([ids], max_new_tokens, settings, fields)
         if draft is not None:
