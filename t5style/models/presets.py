@@ -1,6 +1,7 @@
 """Published models and a few small ones as configs. Each takes changes by name: `t5_1_1_small(dropout=0.1)`.
 
-PRESETS has all of them, those of presets_encoder.py and presets_gpt.py too: `PRESETS['gpt2_small']()`.
+PRESETS has all of them, those of presets_encoder.py, presets_gpt.py and presets_decoder.py too:
+`PRESETS['gpt2_small']()`.
 The same models are in gin/models/*.gin, field by field, for configurations (a test compares the two).
 Sizes: T5 1.0, Raffel et al. 2020 section 3.7; T5 1.1, the text-to-text-transfer-transformer release notes;
   LLaMA 2,
@@ -10,7 +11,7 @@ are those of the published checkpoints.
 
 from typing import Any
 
-from t5style.models import presets_encoder, presets_gpt
+from t5style.models import presets_decoder, presets_encoder, presets_gpt
 from t5style.models.config import TransformerConfig
 
 
@@ -168,4 +169,5 @@ PRESETS: dict[str, presets_encoder.Preset] = {
     },
     **presets_encoder.PRESETS,
     **presets_gpt.PRESETS,
+    **presets_decoder.PRESETS,
 }

@@ -68,7 +68,8 @@ def test_transformers_and_we_agree_on_what_either_saved(kind, tmp_path):
     model.save_pretrained(tmp_path / "theirs")
     config, params = _loaded(tmp_path / "theirs")
     check(config, params, arrays, logits, loss)
-    save_huggingface(tmp_path / "ours", config, params, family=MODELS[kind][0])
+    ids = {name: MODELS[kind][1][name] for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    save_huggingface(tmp_path / "ours", config, params, family=MODELS[kind][0], extra=ids)
     again, info = type(model).from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     again_logits, again_loss = run_model(again.eval(), arrays)

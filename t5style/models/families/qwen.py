@@ -9,11 +9,17 @@ from t5style.nn.settings import MoE
 from t5style.run_dir import UserError
 
 
+def _window(fields: Fields) -> int | None:
+    window = fields.get("sliding_window", 4096)
+    return window if fields.get("use_sliding_window", False) else None
+
+
 def _windows(fields: Fields) -> dict[str, Any]:
     """Layers from max_window_layers on have the window, if use_sliding_window and no layer_types."""
+    fields.must_be("use_mrope", False)  # of models that see images
     layers, first = fields.need("num_hidden_layers"), fields.get("max_window_layers", 28)
-    window = fields.get("sliding_window", 4096)
-    if not fields.get("use_sliding_window", False) or window is None:
+    window = _window(fields)
+    if window is None:
         return decoder.windows(fields, None, name="use_sliding_window")
     default = ["full_attention" if n < first else "sliding_attention" for n in range(layers)]
     return decoder.windows(fields, window, default)
@@ -108,7 +114,7 @@ def _save_moe(config: TransformerConfig, model: str) -> dict[str, Any]:
 
 def _moe_config2(fields: Fields) -> TransformerConfig:
     fields.need("num_key_value_heads")
-    window = fields.get("sliding_window", 4096) if fields.get("use_sliding_window", False) else None
+    window = _window(fields)
     fields.ignore("max_window_layers")
     if window and not fields.get("layer_types"):
         raise fields.error(
@@ -142,7 +148,7 @@ def _moe_save2(config: TransformerConfig) -> dict[str, Any]:
 def _moe_config3(fields: Fields) -> TransformerConfig:
     fields.need("num_key_value_heads")
     own = decoder.common(fields)
-    window = fields.get("sliding_window", 4096) if fields.get("use_sliding_window", False) else None
+    window = _window(fields)
     fields.ignore("max_window_layers")  # with a window, all layers have it
     return fields.config(
         **own,
