@@ -160,11 +160,13 @@ class Row:
         `{expert}`: one for each expert too, and the transform gets one expert of ours. Without `{expert}` it
         gets all of them, `[experts, ...]`, and without `{layer}` the whole parameter.
       transform: theirs <-> ours; SAME is for one tensor of the same shape.
+      dtype: of parameters that have their own, whatever the model's is.
     """
 
     ours: str | tuple[str, ...]
     theirs: str | tuple[str, ...]
     transform: Transform = SAME
+    dtype: str | None = None
 
     @property
     def paths(self) -> tuple[str, ...]:

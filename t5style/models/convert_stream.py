@@ -157,10 +157,10 @@ def load(
     Args:
       placed: the rows.
       read: gives a tensor by name; a view of a mapped file will be read only where a device needs it.
-      dtype: of the parameters.
+      dtype: of the parameters, but for those of rows that have their own.
       shardings: a tree of shardings like the parameters'; None: all on the default device.
     """
-    kind = jnp.dtype(dtype)
+    kinds = [jnp.dtype(one.row.dtype or dtype) for one in placed]
 
     @_last  # the parameters of a row, and the devices, use it in turn
     def unit(row: int, layer: int, expert: int) -> Sequence[np.ndarray]:
@@ -171,9 +171,9 @@ def load(
     def part(row: int, which: int, layer: int, index: Index) -> np.ndarray:
         experts = placed[row].experts
         if experts is None:
-            return solid(unit(row, layer, 0)[which][index], kind)
+            return solid(unit(row, layer, 0)[which][index], kinds[row])
         chosen = range(*index[0].indices(experts))
-        return np.stack([solid(unit(row, layer, expert)[which][index[1:]], kind) for expert in chosen])
+        return np.stack([solid(unit(row, layer, expert)[which][index[1:]], kinds[row]) for expert in chosen])
 
     params: dict[str, Any] = {}
     for row, one in enumerate(placed):
@@ -188,7 +188,7 @@ def load(
             if one.layers is None:
                 tree[name] = _make(shape, sharding, functools.partial(of_leaf, 0))
             else:
-                tree[name] = _make_stacked(shape, kind, sharding, of_leaf)
+                tree[name] = _make_stacked(shape, kinds[row], sharding, of_leaf)
     return params
 
 

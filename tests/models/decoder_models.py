@@ -75,14 +75,14 @@ def inputs() -> dict[str, np.ndarray]:
     return {"tokens": tokens, "mask": mask, "labels": labels}
 
 
-def make_model(kind: str, seed: int = 0):
-    """A tiny random transformers model of this kind."""
+def make_model(kind: str, seed: int = 0, more: dict | None = None):
+    """A tiny random transformers model of this kind; more: further fields."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
     theirs, fields = MODELS[kind]
-    fields = json.loads(json.dumps(fields))  # their classes change what they are given
+    fields = json.loads(json.dumps(fields | (more or {})))  # their classes change what they are given
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(theirs, **fields), attn_implementation="eager"
     )

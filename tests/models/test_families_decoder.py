@@ -1,5 +1,6 @@
 """Decoder-only families: the same as transformers', both ways."""
 
+import dataclasses
 import functools
 import json
 
@@ -11,6 +12,7 @@ from safetensors.numpy import load_file
 
 from t5style.models.cache import init_cache
 from t5style.models.convert import load_huggingface, save_huggingface
+from t5style.models.params import init_params
 from t5style.run_dir import UserError
 from tests.models.decoder_models import MODELS, golden, inputs, make_model, run_model
 from tests.models.test_convert import check, write
@@ -177,6 +179,39 @@ def test_the_text_part_of_gemma_3_with_images(names, tmp_path):
     text["flux"] = 3
     with pytest.raises(UserError, match="text_config: the field flux = 3 is not one we honour"):
         load_huggingface(write(tmp_path / "x", theirs, tensors))
+
+
+def test_corrections_of_routers_stay_in_float32(tmp_path):
+    fields, weights, *_ = golden("deepseek_v3")
+    config, params = load_huggingface(write(tmp_path / "m", fields, weights), "bfloat16")
+    kinds = {path[-1].key: str(x.dtype) for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    assert kinds == {"embedding": "bfloat16", "kernel": "bfloat16", "scale": "bfloat16"} | {
+        "router_bias": "float32"
+    }
+    like = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    assert jax.tree.map(lambda x: x.dtype, params) == jax.tree.map(lambda x: x.dtype, like)
+    save_huggingface(tmp_path / "ours", config, params)
+    saved = load_file(tmp_path / "ours/model.safetensors")
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    np.testing.assert_array_equal(saved[name], weights[name])
+
+
+def test_the_long_factors_of_phi_3_are_a_setting(tmp_path):
+    """transformers takes them for a batch of longer sequences; ours for the length in use that is set."""
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    own = {"original_max_position_embeddings": 4}
+    model, arrays = make_model("phi3", more=own), inputs()
+    logits, loss = run_model(model, arrays)
+    model.save_pretrained(tmp_path / "theirs")
+    config, params = _loaded(tmp_path / "theirs")
+    scaling = dataclasses.replace(config.rope_scaling, length_in_use=9)
+    config = config.replace(rope_scaling=scaling)
+    check(config, params, arrays, logits, loss)
+    save_huggingface(tmp_path / "ours", config, params, family="phi3")
+    assert load_huggingface(tmp_path / "ours")[0].rope_scaling == dataclasses.replace(
+        scaling, length_in_use=None
+    )
 
 
 # --- bad input ---

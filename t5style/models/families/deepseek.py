@@ -1,6 +1,7 @@
 """DeepSeek V2 and V3: latent attention, shared and routed experts."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from t5style.run_dir import UserError
 def _key_value() -> Transform:
     """Theirs `[heads · (nope_dim + value_dim), rank]`, ours two of `[rank, heads, width]`."""
 
-    def to_ours(theirs: Arrays, shapes: list[Shape]) -> Arrays:
+    def to_ours(theirs: Arrays, shapes: Sequence[Shape]) -> Arrays:
         rank, heads, width = shapes[0]
         both = theirs[0].T.reshape(rank, heads, -1)
         return [both[..., :width], both[..., width:]]
@@ -34,7 +35,7 @@ def _key_value() -> Transform:
         both = np.concatenate(list(ours), axis=-1)
         return [both.reshape(both.shape[0], -1).T]
 
-    return Transform(to_ours, to_theirs)  # type: ignore[arg-type]
+    return Transform(to_ours, to_theirs)
 
 
 def _rows(config: TransformerConfig) -> tuple[Row, ...]:
@@ -63,7 +64,8 @@ def _rows(config: TransformerConfig) -> tuple[Row, ...]:
             *linear(f"{own}/output", f"{theirs}.o_proj", 2),
             *decoder.mlp(f"{ours}/mlp"),
             *decoder.experts(f"{ours}/mlp"),
-            Row(f"{ours}/mlp/router_bias", f"{mlp}.gate.e_score_correction_bias"),
+            # Small numbers that decide between experts.
+            Row(f"{ours}/mlp/router_bias", f"{mlp}.gate.e_score_correction_bias", dtype="float32"),
             *decoder.mlp(f"{ours}/mlp/shared", f"{mlp}.shared_experts"),
         )
 
