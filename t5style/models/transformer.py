@@ -377,7 +377,9 @@ class Transformer(nn.Module):
         if c.scale_logits:
             hidden = hidden * jnp.asarray(c.d_model**-0.5, hidden.dtype)
         if c.tie_embeddings and self.embedding.dtype == jnp.int8:
-            logits = project_int8(hidden, self.embedding.T, self._embedding_scale, out_dtype=jnp.float32)
+            logits = project_int8(
+                hidden, self.embedding, self._embedding_scale, out_dtype=jnp.float32, transposed=True
+            )
         elif c.tie_embeddings:
             logits = project(hidden, self.embedding.T, precision=c.precision, out_dtype=jnp.float32)
         else:
