@@ -38,6 +38,7 @@ from t5style.models.config import TransformerConfig
 
 MAX_GUESSES = 64
 _NO_GUESS = -1
+_rewind = jax.jit(rewind, donate_argnames="cache")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,7 +243,7 @@ class Speculation(Batch):
         slots = self._state["out"].shape[1]
         if draft is not None:
             prefilled = draft.prefill([prompt], slots, ring=False)
-            self._draft_cache = rewind(prefilled.cache, 1)
+            self._draft_cache = _rewind(prefilled.cache, 1)
         before = np.full(len(self._stopped), engine.ids.pad, np.int32)
         before[0] = engine.ids.start if engine.config.encoder_layers else prompt[-1]
         self._state |= put({"before": before}, engine.mesh)
@@ -330,4 +331,4 @@ def speculate(
         text = "" if vocabulary is None else vocabulary.decode(answer.tokens)
     done = completion(answer, text)
     fields: dict[str, Any] = {field.name: getattr(done, field.name) for field in dataclasses.fields(done)}
-    return Speculated(**fields, **batch.counts)
+    return Speculated(**(fields | batch.counts))
