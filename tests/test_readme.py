@@ -72,8 +72,14 @@ RUN = {
         "--gin.WARMUP_STEPS=1",
     ],
     (*MAIN, "--gin_file=experiments/shakespeare_char.gin"): SHAKESPEARE,
+    (*MAIN, "--gin_file=gin/runs/chat.gin"): [],
     ("XLA_FLAGS=--xla_force_host_platform_device_count=8", *MAIN): [],
     ("python", "experiments/benchmarks/train_step.py"): [
+        "--workload=tiny",
+        "--contestant=ours",
+        "--rounds=1",
+    ],
+    ("python", "experiments/benchmarks/generate.py"): [
         "--workload=tiny",
         "--contestant=ours",
         "--rounds=1",
