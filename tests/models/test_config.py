@@ -103,7 +103,7 @@ def test_nested_settings_survive_json():
     assert again == config
     assert hash(again) == hash(config)
     assert again.moe.per_token == 2
-    with pytest.raises(ValueError, match="moe: .*unexpected keyword"):
+    with pytest.raises(ValueError, match=r"moe: .*unexpected keyword"):
         TransformerConfig.from_json(json.dumps(SMALL | {"moe": {"expert": 3}}))
 
 
