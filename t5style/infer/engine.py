@@ -26,9 +26,7 @@ CHUNK = 512
 Cache = dict[str, Any]
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _unstacked(config: TransformerConfig, params: Any) -> Any:
-    return unstack_layers(config, params)
+_unstacked = jax.jit(unstack_layers)
 
 
 def forward(
@@ -143,7 +141,7 @@ class Engine:
         it at every step. Made once.
         """
         with on_mesh(self.mesh, self.rules):
-            return {"params": _unstacked(self.config, self.params)}
+            return {"params": _unstacked(self.params)}
 
     def prefill(self, prompts: Sequence[np.ndarray], room: int, ring: bool = True) -> Prefilled:
         """Reads prompts, int arrays [length] of at least one token; `room` tokens may follow in the cache.

@@ -48,13 +48,12 @@ def count_params(config_or_params: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def unstack_layers(config: TransformerConfig, params: Any) -> Any:
+def unstack_layers(params: Any) -> Any:
     """The parameters with each stack's layers as a tuple of one tree per layer, for decoding loops.
 
     A loop that reads one layer of a stacked array may copy that layer at every step; of separate arrays it
     does not.
     """
-    del config
     groups = ("layers", "moe_layers")
     return {
         name: {

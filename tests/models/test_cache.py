@@ -30,7 +30,7 @@ def setup(kind, rows=3, dtype=None):
 def test_decoding_in_pieces_equals_the_forward_pass_at_every_position(kind, pieces):
     config, params, tokens, want, empty = setup(kind)
     decode, cache, start = runner(config, "decode"), empty(), 0
-    params = unstack_layers(config, params) if pieces[0] == 1 else params  # both layouts of the layers
+    params = unstack_layers(params) if pieces[0] == 1 else params  # both layouts of the layers
     for piece in pieces:
         logits, cache = decode(params, tokens[:, start : start + piece], cache)
         np.testing.assert_allclose(logits, want[:, start : start + piece], atol=1e-5)

@@ -124,13 +124,13 @@ def test_param_dtype_is_every_parameters(kind):
 
 def test_unstacked_layers():
     params = params_of(T5)
-    apart = unstack_layers(T5, params)
+    apart = unstack_layers(params)
     assert len(apart["encoder"]["layers"]) == 2
     np.testing.assert_array_equal(
         apart["decoder"]["layers"][1]["mlp"]["output"]["kernel"],
         params["decoder"]["layers"]["mlp"]["output"]["kernel"][1],
     )
-    again = unstack_layers(T5, apart)
+    again = unstack_layers(apart)
     assert again["encoder"]["layers"] is apart["encoder"]["layers"]
 
 

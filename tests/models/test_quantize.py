@@ -30,7 +30,7 @@ def test_a_product_of_integers_is_near_the_real_one(rows):
 def test_logits_of_a_quantised_model_are_near(name, apart):
     config = tiny.KINDS[name]
     params = tiny.params_of(config)
-    small = quantize(config, unstack_layers(config, params) if apart else params)
+    small = quantize(config, unstack_layers(params) if apart else params)
     kernels = [
         leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(small)
