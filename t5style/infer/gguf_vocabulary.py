@@ -107,12 +107,6 @@ def token_ids(metadata: Mapping[str, Any], tokens: TokenizerVocabulary) -> Token
     )
 
 
-def chat_template(metadata: Mapping[str, Any]) -> str | None:
-    """The jinja2 text that makes a prompt of a conversation, None if the file has none."""
-    text = metadata.get("tokenizer.chat_template")
-    return text if isinstance(text, str) else None
-
-
 class _Keys:
     """The keys `tokenizer.ggml.*`, each checked to be what it must be."""
 

@@ -4,9 +4,8 @@ PRESETS has all of them, those of presets_encoder.py, presets_gpt.py and presets
 `PRESETS['gpt2_small']()`.
 The same models are in gin/models/*.gin, field by field, for configurations (a test compares the two).
 Sizes: T5 1.0, Raffel et al. 2020 section 3.7; T5 1.1, the text-to-text-transfer-transformer release notes;
-  LLaMA 2,
-Touvron et al. 2023 and its released config.json; LLaMA 3, Grattafiori et al. 2024, table 3. Parameter counts
-are those of the published checkpoints.
+LLaMA 2, Touvron et al. 2023 and its released config.json; LLaMA 3, Grattafiori et al. 2024, table 3.
+Parameter counts are those of the published checkpoints.
 """
 
 from typing import Any

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from t5style.infer import gguf_vocabulary
+from t5style.infer import chat_template, gguf_vocabulary
 from t5style.models.gguf import GgufFile
 from t5style.run_dir import UserError
 
@@ -235,11 +235,9 @@ GOOD = {
 }
 
 
-def test_no_vocabulary_and_no_template() -> None:
+def test_no_vocabulary() -> None:
     assert gguf_vocabulary.vocabulary({}, "m.gguf") is None
     assert gguf_vocabulary.vocabulary({"tokenizer.ggml.model": "none"}, "m.gguf") is None
-    assert gguf_vocabulary.chat_template({}) is None
-    assert gguf_vocabulary.chat_template({"tokenizer.chat_template": "{{ x }}"}) == "{{ x }}"
 
 
 @pytest.mark.parametrize(
@@ -292,6 +290,4 @@ def test_smollm2s_vocabulary() -> None:
         assert vocabulary.decode(vocabulary.encode(text)) == text
     ids = gguf_vocabulary.token_ids(metadata, vocabulary)
     assert (ids.eos, ids.prefix, ids.pad) == ((2, 0), None, 2)
-    template = gguf_vocabulary.chat_template(metadata)
-    assert template is not None
-    assert "<|im_start|>" in template
+    assert "<|im_start|>" in chat_template.from_gguf(metadata)["default"].source
