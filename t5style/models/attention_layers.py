@@ -155,10 +155,11 @@ class Attention(nn.Module):
             causal=causal,
             dropout=dropout,
             implementation=c.attention,
+            blocks=c.attention_blocks,
             window=self.window,
             **self._settings,
         )
-        return self.output(checkpoint_name(context, "attention_context"))
+        return self.output(context)
 
     def new_cache(self, batch: int, slots: int, dtype: str) -> LayerCache:
         """Empty entries for keys and values."""
@@ -273,10 +274,11 @@ class LatentAttentionLayer(nn.Module):
             scale=c.query_scale,
             dropout=dropout,
             implementation=c.attention,
+            blocks=c.attention_blocks,
             precision=c.precision,
             window=self.window,
         )
-        return self.output(checkpoint_name(context, "attention_context"))
+        return self.output(context)
 
     def new_cache(self, batch: int, slots: int, dtype: str) -> LayerCache:
         """Empty entries for latent vectors and rotary keys."""

@@ -5,11 +5,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from t5style.nn.settings import MoE, RopeScaling
+from t5style.nn.settings import AttentionBlocks, MoE, RopeScaling
 
 ACTIVATIONS = ("relu", "gelu", "gelu_exact", "silu", "silu_1702", "linear", "linear_plus_one")
 POSITIONS = ("relative_bias", "rope", "learned", "none")
-ATTENTIONS = ("auto", "reference", "cpu", "dot_product")
+ATTENTIONS = ("auto", "reference", "cpu", "dot_product", "splash")
 REMATS = ("none", "full", "dots", "qkv")
 DTYPES = ("bfloat16", "float16", "float32")
 PRECISIONS = ("default", "high", "highest")
@@ -113,6 +113,7 @@ class TransformerConfig:
       dropout: rate, applied where T5 applies it: embeddings, attention weights, MLP hidden layer, the output
         of every sub-layer and of every stack.
       attention: which implementation (nn/attention.py); 'auto' chooses by platform.
+      attention_blocks: tiles of the TPU's kernel.
       scan_layers: True scans over the stacked layers (compile time does not grow with depth), False unrolls;
         None chooses by platform. The parameters have the same layout either way.
       remat: what the backward pass recomputes: 'none', 'full' (all of every layer), 'dots' (all but matrix
@@ -146,6 +147,7 @@ class TransformerConfig:
     scale_attention: bool = False
     dropout: float = 0.0
     attention: str = "auto"
+    attention_blocks: AttentionBlocks = dataclasses.field(default_factory=AttentionBlocks)
     scan_layers: bool | None = None
     remat: str = "none"
     dtype: str = "bfloat16"
@@ -269,9 +271,9 @@ class TransformerConfig:
         ):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} = {getattr(self, name)} must be positive")
-        if self.dropout and self.attention == "dot_product":
+        if self.dropout and self.attention in ("dot_product", "splash"):
             raise ValueError(
-                f"attention = 'dot_product' cannot drop attention weights (dropout = {self.dropout}): "
+                f"attention = {self.attention!r} cannot drop attention weights (dropout = {self.dropout}): "
                 "use 'auto', or dropout 0"
             )
 
@@ -415,10 +417,19 @@ class TransformerConfig:
                 f"the model config has fields this version does not know: {', '.join(unknown)}; "
                 "it was written by another version of t5style"
             )
-        required = [name for name, field in known.items() if field.default is dataclasses.MISSING]
+        required = [
+            name
+            for name, field in known.items()
+            if field.default is field.default_factory is dataclasses.MISSING
+        ]
         if missing := [name for name in required if name not in fields]:
             raise ValueError(f"the model config lacks {', '.join(missing)}")
-        for name, kind in (("moe", MoE), ("rope_scaling", RopeScaling), ("latent", LatentAttention)):
+        for name, kind in (
+            ("moe", MoE),
+            ("rope_scaling", RopeScaling),
+            ("latent", LatentAttention),
+            ("attention_blocks", AttentionBlocks),
+        ):
             if isinstance(fields.get(name), Mapping):
                 try:
                     fields[name] = kind(**fields[name])

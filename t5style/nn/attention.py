@@ -10,9 +10,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from t5style.nn import attention_cpu, platform
+from t5style.nn import attention_cpu, attention_splash, platform
 from t5style.nn.attention_scores import MASKED, Added, Scoring, mask_bias
+from t5style.nn.settings import AttentionBlocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,7 @@ def attention(
     sinks: jax.Array | None = None,
     dropout: Dropout | None = None,
     implementation: str = "auto",
+    blocks: AttentionBlocks | None = None,
     precision: str = "default",
 ) -> jax.Array:
     """softmax(scale · query · keyᵀ + bias, over visible keys) · value (Vaswani et al. 2017, equation 1).
@@ -61,12 +64,13 @@ def attention(
       sinks: f32 `[heads]`: one more score in the softmax, of a key that every query sees and that has no
         value (GPT-OSS): weights sum to less than 1.
       dropout: of the weights, or None.
-      implementation: 'reference', 'cpu', 'dot_product', or 'auto' (see nn/platform.py).
+      implementation: 'reference', 'cpu', 'dot_product', 'splash', or 'auto' (see nn/platform.py).
+      blocks: tiles of 'splash'.
       precision: as jax.lax.Precision names it.
 
     Returns:
-      `[batch, queries, heads, value_dim]` in value's dtype. What a padding query gets is finite and otherwise
-      unspecified.
+      `[batch, queries, heads, value_dim]` in value's dtype, which a remat policy may keep under the name
+      'attention_context'. What a padding query gets is finite and otherwise unspecified.
 
     Raises:
       ValueError: arguments that contradict each other, or a combination the implementation cannot compute
@@ -74,14 +78,40 @@ def attention(
     """
     scoring = Scoring(scale, softcap, precision)
     _check(query, key, value, query_segments, key_segments, causal, window, sinks)
+    refusal = attention_splash.refusal(
+        query, key, value, bias=bias is not None, dropout=dropout is not None, precision=precision
+    )
     if implementation == "auto":
-        implementation = platform.attention_implementation(dropout=dropout is not None)
+        implementation = platform.attention_implementation(
+            dropout=dropout is not None,
+            kernel=refusal is None,
+            queries=query.shape[1],
+            keys=key.shape[1],
+        )
+    if implementation == "splash":
+        if refusal is not None:
+            raise ValueError(
+                f"attention implementation 'splash' cannot compute this: {refusal}; use 'auto' or 'reference'"
+            )
+        return attention_splash.attention(
+            query,
+            key,
+            value,
+            query_segments=query_segments,
+            key_segments=key_segments,
+            masking=attention_splash.Masking(causal, window),
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            blocks=blocks or AttentionBlocks(),
+        )
     if implementation not in _IMPLEMENTATIONS:
         raise ValueError(
-            f"attention implementation {implementation!r} is not one of {', '.join(_IMPLEMENTATIONS)}, auto"
+            f"attention implementation {implementation!r} is not one of {', '.join(_IMPLEMENTATIONS)}, "
+            "splash, auto"
         )
     if implementation == "cpu" and (causal or window is not None) and dropout is None:
-        return attention_cpu.blocks(
+        context = attention_cpu.blocks(
             query,
             key,
             value,
@@ -93,6 +123,7 @@ def attention(
             window=window,
             scoring=scoring,
         )
+        return checkpoint_name(context, attention_splash.CONTEXT)
     masked = mask_bias(
         query_segments,
         key_segments,
@@ -101,7 +132,9 @@ def attention(
         keys=key.shape[1],
         window=window,
     )
-    return _IMPLEMENTATIONS[implementation](query, key, value, Added(bias, masked, sinks), scoring, dropout)
+    added = Added(bias, masked, sinks)
+    context = _IMPLEMENTATIONS[implementation](query, key, value, added, scoring, dropout)
+    return checkpoint_name(context, attention_splash.CONTEXT)
 
 
 def _check(

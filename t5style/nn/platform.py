@@ -2,6 +2,7 @@
 
 import jax
 
+from t5style.nn.settings import LANES
 from t5style.parallel.rules import current_mesh
 
 
@@ -50,16 +51,23 @@ def scan_layers(*, remat: bool) -> bool:
     return platform() != "cpu" or remat
 
 
-def attention_implementation(*, dropout: bool) -> str:
+def attention_implementation(*, dropout: bool, kernel: bool, queries: int, keys: int) -> str:
     """The attention implementation that config.attention = 'auto' stands for.
 
     CPU: one head at a time, so that the scores of a head stay in cache and are recomputed in the backward
     pass; but with dropout the einsum, because the random bits of each head are a program of their own
     (t5_tiny compiles in 23 s of CPU time rather than 31, at the same speed).
-    Others: the einsum, which the TPU compiler fuses. On GPUs 'dot_product' asks for cuDNN's fused kernel; it
-    is not chosen here because nobody has run it on one yet.
+    TPU: the Pallas kernel, wherever it can compute what is asked (`kernel`): it never writes scores to
+    memory. Not with a bias (T5's relative positions, which would have to be read tile by tile, at the cost
+    of the scores themselves), dropout or a precision, see nn/attention_splash.py; and not for sequences
+    shorter than its smallest tile, 128, whose scores are few. There the einsum, which XLA fuses.
+    GPU: the einsum. 'dot_product' asks for cuDNN's fused kernel; it is not chosen here because nobody has
+    run it on one yet.
     """
-    return "cpu" if platform() == "cpu" and not dropout else "reference"
+    if platform() == "cpu":
+        return "reference" if dropout else "cpu"
+    long = min(queries, keys) >= LANES
+    return "splash" if platform() == "tpu" and kernel and long else "reference"
 
 
 def has_cudnn_attention() -> bool:

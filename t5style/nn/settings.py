@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 ROPE_SCALINGS = ("linear", "llama3", "yarn", "longrope")
 ROUTERS = ("softmax", "sigmoid")
 GROUP_SCORES = ("max", "top2")
+KERNEL_LAYOUTS = ("head_dim_minor", "sequence_minor")
+LANES = 128  # of a TPU's vector registers: tiles of an attention kernel are multiples of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,3 +241,83 @@ class MoE:
         if self.capacity_factor is None:
             return self.capacity
         return math.ceil(self.capacity_factor * length * self.per_token / self.experts)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionBlocks:
+    """Tiles of the TPU's attention kernel (nn/attention_splash.py), in tokens; multiples of 128.
+
+    They change speed and memory, not results. Sequences shorter than a block use a smaller one (`fit`).
+
+    Attributes:
+      block_q, block_kv: queries and keys that the forward kernel holds at a time.
+      block_kv_compute: keys of one product within it; divides block_kv.
+      block_q_dkv, block_kv_dkv, block_kv_dkv_compute: the same of the kernel of the gradients of keys and
+        values.
+      block_q_dq, block_kv_dq: the same of the kernel of the gradients of queries.
+      use_fused_bwd_kernel: one backward kernel makes all three gradients. It reads its operands once, but
+        writes one array of queries' gradients for each block of keys, which are then added.
+      q_layout, k_layout, v_layout: how the kernel takes its operands from memory: 'head_dim_minor',
+        `[length, head_dim]`, or 'sequence_minor', `[head_dim, length]`.
+    """
+
+    block_q: int = 512
+    block_kv: int = 512
+    block_kv_compute: int = 512
+    block_q_dkv: int = 512
+    block_kv_dkv: int = 512
+    block_kv_dkv_compute: int = 512
+    block_q_dq: int = 512
+    block_kv_dq: int = 512
+    use_fused_bwd_kernel: bool = False
+    q_layout: str = "head_dim_minor"
+    k_layout: str = "head_dim_minor"
+    v_layout: str = "head_dim_minor"
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name.startswith("block_") and (
+                not isinstance(value, int) or isinstance(value, bool) or value < LANES or value % LANES
+            ):
+                raise ValueError(f"AttentionBlocks.{field.name} = {value!r} must be a multiple of {LANES}")
+            if field.name.endswith("_layout") and value not in KERNEL_LAYOUTS:
+                raise ValueError(
+                    f"AttentionBlocks.{field.name} = {value!r} is not one of {', '.join(KERNEL_LAYOUTS)}"
+                )
+        for whole, part in (
+            ("block_kv", "block_kv_compute"),
+            ("block_kv_dkv", "block_kv_dkv_compute"),
+        ):
+            if getattr(self, whole) % getattr(self, part):
+                raise ValueError(
+                    f"AttentionBlocks.{part} = {getattr(self, part)} must divide {whole} = "
+                    f"{getattr(self, whole)}"
+                )
+
+    def fit(self, queries: int, keys: int) -> tuple[AttentionBlocks, int, int]:
+        """Blocks for sequences of these lengths, and the lengths to which they must be padded.
+
+        A length is cut into as few blocks as the largest block allows, of equal size: of 1,408 keys three of
+        512, of 640 two of 384. So padding is less than 128 tokens for each block. The other blocks become
+        the largest sizes that divide the padded length.
+        """
+        sizes: dict[str, Any] = {name: getattr(self, name) for name in _BLOCKS_OF_QUERIES + _BLOCKS_OF_KEYS}
+        padded = []
+        for length, names in ((queries, _BLOCKS_OF_QUERIES), (keys, _BLOCKS_OF_KEYS)):
+            count = math.ceil(length / max(sizes[name] for name in names))
+            block = math.ceil(length / count / LANES) * LANES
+            padded.append(count * block)
+            sizes.update({name: _divisor(count * block, min(sizes[name], block)) for name in names})
+        for whole, part in (("block_kv", "block_kv_compute"), ("block_kv_dkv", "block_kv_dkv_compute")):
+            sizes[part] = _divisor(sizes[whole], min(getattr(self, part), sizes[whole]))
+        return dataclasses.replace(self, **sizes), padded[0], padded[1]
+
+
+_BLOCKS_OF_QUERIES = ("block_q", "block_q_dkv", "block_q_dq")
+_BLOCKS_OF_KEYS = ("block_kv", "block_kv_dkv", "block_kv_dq")
+
+
+def _divisor(length: int, most: int) -> int:
+    """The largest multiple of LANES up to `most` that divides `length`, itself a multiple."""
+    return next(size for size in range(most - most % LANES, 0, -LANES) if length % size == 0)

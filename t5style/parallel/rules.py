@@ -291,14 +291,28 @@ def constrain(x: jax.Array, logical_axes: LogicalAxes) -> jax.Array:
     context = _context.value
     if context is None or context[0].size == 1:
         return x
-    mesh, rules = context
-    if len(logical_axes) != x.ndim:
+    entries = activation_axes(logical_axes, x.shape)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(context[0], _partition_spec(entries)))
+
+
+def activation_axes(logical_axes: LogicalAxes, shape: Sequence[int]) -> list[tuple[str, ...]]:
+    """The mesh axes over which `constrain` divides each dimension of an activation of that shape.
+
+    Raises:
+      ValueError: the number of names is not the number of dimensions, or a name is unknown.
+    """
+    context = _context.value
+    if len(logical_axes) != len(shape):
         raise ValueError(
-            f"constrain: an array of shape {x.shape} with {len(logical_axes)} names {tuple(logical_axes)}."
+            f"constrain: an array of shape {tuple(shape)} with {len(logical_axes)} names "
+            f"{tuple(logical_axes)}."
         )
+    if context is None:
+        return [()] * len(shape)
+    mesh, rules = context
     entries: list[tuple[str, ...]] = []
     taken: set[str] = set()
-    for logical, size in zip(logical_axes, x.shape, strict=True):
+    for logical, size in zip(logical_axes, shape, strict=True):
         entry = tuple(
             axis for axis in rules.activation_axes(logical) if mesh.shape[axis] > 1 and axis not in taken
         )
@@ -306,7 +320,7 @@ def constrain(x: jax.Array, logical_axes: LogicalAxes) -> jax.Array:
             entry = ()
         taken.update(entry)
         entries.append(entry)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _partition_spec(entries)))
+    return entries
 
 
 # --- small parts ---

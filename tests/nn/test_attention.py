@@ -368,15 +368,18 @@ def test_cached_attention_equals_the_reference(kv_heads):
 
 
 @pytest.mark.parametrize(
-    ("kind", "dropout", "chosen"),
+    ("kind", "dropout", "kernel", "keys", "chosen"),
     [
-        ("cpu", False, "cpu"),
-        ("cpu", True, "reference"),
-        ("gpu", False, "reference"),
-        ("gpu", True, "reference"),
-        ("tpu", False, "reference"),
+        ("cpu", False, True, 512, "cpu"),
+        ("cpu", True, False, 512, "reference"),
+        ("gpu", False, False, 512, "reference"),
+        ("gpu", True, False, 512, "reference"),
+        ("tpu", False, True, 512, "splash"),
+        ("tpu", False, False, 512, "reference"),
+        ("tpu", False, True, 64, "reference"),
     ],
 )
-def test_auto_chooses_by_platform_and_never_what_cannot_drop_weights(monkeypatch, kind, dropout, chosen):
+def test_auto_chooses_by_platform_and_what_can_be_computed(monkeypatch, kind, dropout, kernel, keys, chosen):
     monkeypatch.setattr(platform, "platform", lambda: kind)
-    assert platform.attention_implementation(dropout=dropout) == chosen
+    settings = {"dropout": dropout, "kernel": kernel, "queries": 512, "keys": keys}
+    assert platform.attention_implementation(**settings) == chosen

@@ -1,0 +1,159 @@
+"""The TPU's kernel, interpreted, against the reference; and compiled for a described TPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from t5style.nn.attention import Dropout, attention
+from t5style.nn.settings import AttentionBlocks
+from t5style.parallel.mesh import MeshConfig
+from t5style.parallel.rules import use_mesh
+
+BLOCKS = AttentionBlocks(*[128] * 8)
+SINKS = jnp.asarray([0.5, 1.0, -1.0, 0.0])
+
+
+def made(queries, keys, kv_heads, width, value_width, packed, dtype=jnp.float32, rows=2):
+    """Arguments of attention of 4 heads, and which queries are no padding `[rows, queries, 1, 1]`."""
+    rng = np.random.default_rng(3)
+    query = rng.normal(size=(rows, queries, 4, width))
+    key, value = (rng.normal(size=(rows, keys, kv_heads, w)) for w in (width, value_width))
+    arrays = {"query": query, "key": key, "value": value}
+    real = np.ones((rows, queries, 1, 1))
+    masks = {}
+    if packed:  # three examples, then padding; of keys too
+        segments = np.sort(rng.integers(1, 4, (rows, queries)), axis=1)
+        segments[:, queries - 17 :] = 0
+        of_keys = segments if queries == keys else np.sort(rng.integers(1, 4, (rows, keys)), axis=1)
+        masks = {"query_segments": jnp.asarray(segments), "key_segments": jnp.asarray(of_keys)}
+        real = (segments > 0)[:, :, None, None]
+    return {name: jnp.asarray(x, dtype) for name, x in arrays.items()}, masks, real
+
+
+def value_and_gradients(implementation, arrays, masks, real, **settings):
+    """Output of real queries and gradients of a function of it."""
+    weights = (
+        np.random.default_rng(4).normal(size=(*arrays["query"].shape[:3], arrays["value"].shape[3])) * real
+    )
+
+    @jax.jit
+    def run(arrays):
+        def f(arrays):
+            out = attention(**arrays, **masks, implementation=implementation, **settings)
+            return (out.astype(jnp.float32) * weights).sum(), out * real
+
+        (_, out), gradients = jax.value_and_grad(f, has_aux=True)(arrays)
+        return {"out": out, **gradients}
+
+    return jax.device_get(run(arrays))
+
+
+def assert_close(ours, theirs, tolerance):
+    for name, expected in theirs.items():
+        expected = expected.astype(np.float32)
+        error = np.abs(ours[name].astype(np.float32) - expected).max() / np.abs(expected).max()
+        assert error < tolerance, f"{name}: {error}"
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings"),
+    [
+        # queries, keys, kv_heads, head_dim, value_dim, packed
+        pytest.param((256, 256, 2, 32, 32, True), {"causal": True}, id="packed, grouped, causal"),
+        pytest.param(
+            (200, 200, 1, 32, 24, True),
+            {"causal": True, "window": 70, "softcap": 2.0},
+            id="window, cap, narrow values, padded length",
+        ),
+        pytest.param((256, 256, 4, 24, 24, False), {"window": 50, "sinks": SINKS}, id="both ways, sinks"),
+        pytest.param((130, 300, 4, 16, 16, False), {}, id="cross, padded lengths"),
+        pytest.param((128, 256, 4, 16, 16, True), {}, id="cross, packed"),
+    ],
+)
+def test_values_and_gradients_equal_the_reference(shape, settings):
+    arguments = made(*shape)
+    settings = {"scale": shape[3] ** -0.5, "blocks": BLOCKS, **settings}
+    ours, theirs = (value_and_gradients(name, *arguments, **settings) for name in ("splash", "reference"))
+    assert_close(ours, theirs, 5e-6)
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        AttentionBlocks(),
+        AttentionBlocks(256, 128, 128, 128, 256, 128, use_fused_bwd_kernel=True, k_layout="sequence_minor"),
+    ],
+)
+def test_bfloat16_and_other_blocks(blocks):
+    arguments = made(256, 256, 2, 32, 32, True, jnp.bfloat16)
+    settings = {"causal": True, "scale": 32**-0.5, "blocks": blocks}
+    ours, theirs = (value_and_gradients(name, *arguments, **settings) for name in ("splash", "reference"))
+    assert ours["out"].dtype == jnp.bfloat16
+    assert_close(ours, theirs, 0.02)
+
+
+def test_padding_is_finite_forwards_and_backwards():
+    arrays, masks, _ = made(128, 256, 4, 16, 16, True)
+    found = value_and_gradients("splash", arrays, masks, 1.0)
+    assert all(np.isfinite(x).all() for x in found.values())
+
+
+@pytest.mark.parametrize("kv_heads", [4, 1])  # one is repeated, so that each device has its own
+def test_a_mesh_divides_rows_and_heads(kv_heads):
+    arguments = made(128, 128, kv_heads, 16, 16, True, rows=4)
+    settings = {"causal": True, "sinks": SINKS}
+    theirs = value_and_gradients("reference", *arguments, **settings)
+    with use_mesh(MeshConfig(data=2, fsdp=2, tensor=2).build()):
+        run = functools.partial(attention, **arguments[1], **settings, implementation="splash")
+        sharding = jax.jit(run).lower(**arguments[0]).compile().output_shardings
+        ours = value_and_gradients("splash", *arguments, **settings)
+    assert sharding.spec == jax.sharding.PartitionSpec(("data", "fsdp"), None, "tensor")
+    assert_close(ours, theirs, 5e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"bias": jnp.zeros((1, 4, 128, 128))}, "no bias"),
+        ({"dropout": Dropout(0.1, jax.random.key(0))}, "drop attention weights"),
+        ({"precision": "highest"}, "precision"),
+    ],
+)
+def test_what_it_cannot_compute_is_refused_and_auto_computes_it(settings, words):
+    arrays, _, _ = made(128, 128, 4, 16, 16, False)
+    with pytest.raises(ValueError, match=words):
+        attention(**arrays, implementation="splash", **settings)
+    assert attention(**arrays, **settings).shape == (2, 128, 4, 16)
+
+
+def test_blocks_fit_lengths_with_little_padding():
+    blocks = AttentionBlocks(block_q=512, block_kv=1024, block_kv_dkv=1024)
+    for queries, keys, expected in (
+        (2048, 2048, (2048, 2048, 512, 1024)),
+        (100, 640, (128, 640, 128, 640)),
+        (640, 1408, (768, 1536, 384, 768)),
+        (513, 8192, (768, 8192, 384, 1024)),
+    ):
+        fitted, padded_queries, padded_keys = blocks.fit(queries, keys)
+        assert (padded_queries, padded_keys, fitted.block_q, fitted.block_kv) == expected
+        for block in (fitted.block_q, fitted.block_q_dkv, fitted.block_q_dq):
+            assert padded_queries % block == 0
+        for block in (fitted.block_kv, fitted.block_kv_dkv, fitted.block_kv_dq):
+            assert padded_keys % block == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"block_q": 100}, "block_q = 100 must be a multiple of 128"),
+        ({"block_kv": 0}, "block_kv = 0"),
+        ({"block_kv_compute": 384}, "must divide block_kv = 512"),
+        ({"q_layout": "wide"}, "'wide' is not one of"),
+    ],
+)
+def test_impossible_blocks_are_refused(fields, words):
+    with pytest.raises(ValueError, match=words):
+        AttentionBlocks(**fields)
