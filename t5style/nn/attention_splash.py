@@ -6,14 +6,13 @@ The kernel is jax.experimental.pallas.ops.tpu.splash_attention. On CPU it is int
 meant for tests.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import PartitionSpec
 
 from t5style.nn import platform
@@ -144,9 +143,9 @@ def local_attention(
     kernel = _kernel(heads, padded_queries, padded_keys, masking, softcap, blocks, interpret)
     segments = None
     if query_segments is not None and key_segments is not None:
-        segments = kernels.SegmentIds(
-            _pad(query_segments, 1, padded_queries), _pad(key_segments, 1, padded_keys)
-        )
+        from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
+
+        segments = SegmentIds(_pad(query_segments, 1, padded_queries), _pad(key_segments, 1, padded_keys))
     run = jax.vmap(kernel, in_axes=(0, 0, 0, None if segments is None else 0, None))
     return run(query, key, value, segments, sinks)[:, :, :queries]
 
@@ -160,42 +159,29 @@ def _kernel(
     blocks: AttentionBlocks,
     interpret: bool,
 ) -> Any:
+    """The kernel for one row of a batch, a callable. (Pallas is imported here: it takes 0.15 s.)"""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
     shape, window = (queries, keys), masking.window
-    mask: masks.Mask
+    mask: Any
     if window is not None:
-        mask = masks.LocalMask(shape, (window - 1, 0 if masking.causal else window - 1), offset=0)
+        mask = splash.LocalMask(shape, (window - 1, 0 if masking.causal else window - 1), offset=0)
     else:
-        mask = masks.CausalMask(shape) if masking.causal else masks.FullMask(shape)
-    return kernels.make_splash_mha(
-        masks.MultiHeadMask([mask] * heads),
-        block_sizes=_block_sizes(blocks),
+        mask = splash.CausalMask(shape) if masking.causal else splash.FullMask(shape)
+    sizes = dataclasses.asdict(blocks)
+    for name in ("q_layout", "k_layout", "v_layout"):
+        minor = "HEAD_DIM_MINOR" if sizes[name] == "head_dim_minor" else "SEQ_MINOR"
+        sizes[name] = splash.QKVLayout[minor]
+    if blocks.use_fused_bwd_kernel:
+        sizes["block_q_dq"] = sizes["block_kv_dq"] = None
+    return splash.make_splash_mha(
+        splash.MultiHeadMask([mask] * heads),
+        block_sizes=splash.BlockSizes(**sizes),
         head_shards=1,
         q_seq_shards=1,
         attn_logits_soft_cap=softcap,
         residual_checkpoint_name=CONTEXT,
         interpret=interpret,
-    )
-
-
-def _block_sizes(blocks: AttentionBlocks) -> kernels.BlockSizes:
-    fused = blocks.use_fused_bwd_kernel
-    layouts = {
-        "head_dim_minor": kernels.QKVLayout.HEAD_DIM_MINOR,
-        "sequence_minor": kernels.QKVLayout.SEQ_MINOR,
-    }
-    return kernels.BlockSizes(
-        block_q=blocks.block_q,
-        block_kv=blocks.block_kv,
-        block_kv_compute=blocks.block_kv_compute,
-        block_q_dkv=blocks.block_q_dkv,
-        block_kv_dkv=blocks.block_kv_dkv,
-        block_kv_dkv_compute=blocks.block_kv_dkv_compute,
-        block_q_dq=None if fused else blocks.block_q_dq,
-        block_kv_dq=None if fused else blocks.block_kv_dq,
-        use_fused_bwd_kernel=fused,
-        q_layout=layouts[blocks.q_layout],
-        k_layout=layouts[blocks.k_layout],
-        v_layout=layouts[blocks.v_layout],
     )
 
 
