@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -41,6 +42,10 @@ class MeshConfig:
       stage: layers are divided into pipeline stages.
       devices: use only the first so many devices of a single process; None uses all. A mesh that leaves
         devices idle has to say so here.
+      compiler_options: XLA options with which the training step is compiled for these devices, by name
+        without dashes: `{'xla_tpu_scoped_vmem_limit_kib': 65536}`. gin/mesh/xla_*.gin have sets of them for
+        each generation. They change how fast a step is and not what it computes, so a run may go on with
+        others.
     """
 
     data: int = -1
@@ -50,6 +55,9 @@ class MeshConfig:
     expert: int = 1
     stage: int = 1
     devices: int | None = None
+    compiler_options: Mapping[str, str | bool | int | float] = dataclasses.field(
+        default_factory=dict, hash=False, metadata={"affects_result": False}
+    )
 
     def __post_init__(self) -> None:
         sizes = {axis: getattr(self, axis) for axis in AXES}
@@ -68,6 +76,7 @@ class MeshConfig:
             raise ValueError(
                 f"MeshConfig.devices={self.devices!r} must be a whole number from 1, or None for all."
             )
+        _check_options(self.compiler_options)
 
     def sizes(self, num_devices: int) -> dict[str, int]:
         """Sizes by axis, in mesh order, for this many devices.
@@ -118,6 +127,49 @@ class MeshConfig:
             devices = devices[: self.devices]
         sizes = self.sizes(len(devices))
         return Mesh(_layout(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+    def compile(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+        """The lowered program, compiled with `compiler_options`.
+
+        Raises:
+          ValueError: the compiler of these devices knows no such option, or takes no such value for it.
+        """
+        options = {
+            name: value if isinstance(value, str | bool) else str(value)
+            for name, value in self.compiler_options.items()
+        }
+        try:
+            return lowered.compile(compiler_options=options or None)
+        except jax.errors.JaxRuntimeError as error:
+            if unknown := re.search(r"No such compile option: '(\w+)'", str(error)):
+                raise ValueError(
+                    f"The compiler knows no option {unknown[1]!r}, which MeshConfig.compiler_options sets: "
+                    "leave it out, and take the set in gin/mesh/ that is for these devices (options named "
+                    "xla_tpu_* exist for TPUs only)."
+                ) from error
+            if wrong := re.search(r"While setting option \w+, .*", str(error)):
+                raise ValueError(
+                    f"The compiler refuses MeshConfig.compiler_options: {wrong[0].lower()}"
+                ) from error
+            raise
+
+
+def _check_options(options: Any) -> None:
+    """Raises ValueError for what cannot be XLA options; whether they exist only the compiler knows."""
+    if not isinstance(options, Mapping):
+        raise ValueError(f"MeshConfig.compiler_options={options!r} must be a dictionary of XLA options.")
+    for name, value in options.items():
+        if not isinstance(name, str) or not name.startswith("xla_"):
+            hint = (
+                f": write {name.lstrip('-')!r}" if isinstance(name, str) and name.startswith("--xla_") else ""
+            )
+            raise ValueError(
+                f"MeshConfig.compiler_options names {name!r}, but XLA options start with 'xla_'{hint}."
+            )
+        if not isinstance(value, str | bool | int | float):
+            raise ValueError(
+                f"MeshConfig.compiler_options[{name!r}]={value!r} must be a string, number or bool."
+            )
 
 
 def _layout(sizes: dict[str, int], devices: list[Any]) -> np.ndarray:

@@ -1,6 +1,7 @@
 import jax
 import pytest
 
+from t5style import run_dir
 from t5style.parallel.mesh import AXES, MeshConfig, describe
 
 
@@ -40,6 +41,13 @@ def test_rest_of_the_devices(config, sizes):
         ({"tensor": 2.0}, "tensor=2.0 must be a whole number"),
         ({"devices": 9}, "devices=9 but there are only 8 devices"),
         ({"devices": 0}, "devices=0 must be a whole number from 1"),
+        ({"compiler_options": "xla_a"}, "compiler_options='xla_a' must be a dictionary"),
+        (
+            {"compiler_options": {"--xla_a": 1}},
+            "names '--xla_a', but XLA options start with 'xla_': write 'xla_a'",
+        ),
+        ({"compiler_options": {1: 1}}, "names 1, but XLA options start with 'xla_'.$"),
+        ({"compiler_options": {"xla_a": None}}, r"compiler_options\['xla_a'\]=None must be a string, number"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_one_clear_sentence(fields, words):
@@ -72,3 +80,17 @@ def test_data_alone_spans_slices():
 def test_devices_may_be_given():
     mesh = MeshConfig().build(jax.devices()[2:4])
     assert [device.id for device in mesh.devices.flat] == [2, 3]
+
+
+def test_compiler_options_reach_the_compiler_and_are_no_part_of_the_fingerprint():
+    lowered = jax.jit(lambda x: x + 1).lower(1.0)
+    known = MeshConfig(compiler_options={"xla_gpu_enable_latency_hiding_scheduler": True})
+    assert known.compile(lowered)(1.0) == 2.0
+    assert MeshConfig().compile(lowered)(1.0) == 2.0
+    assert known != MeshConfig()
+    assert isinstance(hash(known), int)
+    assert run_dir.fingerprint(known) == run_dir.fingerprint(MeshConfig())
+    with pytest.raises(ValueError, match=r"no option 'xla_tpu_nothing'.*gin/mesh/"):
+        MeshConfig(compiler_options={"xla_tpu_nothing": 1}).compile(lowered)
+    with pytest.raises(ValueError, match=r"compiler_options: while setting option .* not a valid bool"):
+        MeshConfig(compiler_options={"xla_gpu_enable_latency_hiding_scheduler": "often"}).compile(lowered)
