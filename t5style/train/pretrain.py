@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from t5style import console, run_dir
@@ -32,7 +31,8 @@ from t5style.train import state as state_lib
 from t5style.train.goodput import Goodput
 from t5style.train.loop import Loop, LoopOptions, Progress
 from t5style.train.optimizer import Optimizer
-from t5style.train.step import LanguageModelLoss, make_eval_step, make_train_step
+from t5style.train.program import TrainingProgram
+from t5style.train.step import LanguageModelLoss, make_eval_step
 
 Figures = dict[str, Any]
 
@@ -175,7 +175,7 @@ class Pretrain:
         mesh = self.mesh.build()
         rules.check_batch(self.batch_size, mesh, self.accumulation)
         costs = self.costs(mesh)
-        positions = self.steps * self.batch_size * sum(self._lengths().values())
+        positions = self.steps * self.batch_size * sum(self.program.sides().values())
         console.say(
             f"{costs.parameters:,} parameters; {explain.format_bytes(costs.state_bytes)} of parameters and "
             "optimiser "
@@ -187,36 +187,31 @@ class Pretrain:
 
     def costs(self, mesh: Mesh) -> preflight.Costs:
         """Parameters, bytes per device and FLOPs per token, from shapes alone."""
-        abstract, shardings = self._abstract(mesh)
+        abstract, shardings = self.program.abstract(mesh)
         return preflight.Costs(
             parameters=model_params.count_params(abstract.params),
             state_bytes=state_lib.bytes_per_device(abstract, shardings),
             gradient_bytes=state_lib.bytes_per_device(abstract.params, shardings.params),
-            flops_per_token=self._flops_per_token(),
+            flops_per_token=self.program.flops_per_token(),
             mesh=mesh_lib.describe(mesh),
         )
 
-    def _flops_per_token(self) -> float:
-        lengths = self._lengths()
-        return model_params.flops_per_token(self.model, lengths["decoder"], lengths.get("encoder", 0))
-
-    def _lengths(self) -> dict[str, int]:
-        sides = ("encoder", "decoder") if self.model.architecture == "encoder_decoder" else ("decoder",)
-        missing = [side for side in sides if side not in self.lengths]
-        if missing:
-            raise ValueError(
-                f"lengths is {dict(self.lengths)}; a {self.model.architecture} model also needs "
-                f"{missing[0]!r}."
-            )
-        return {side: int(self.lengths[side]) for side in sides}
-
     @functools.cached_property
-    def _optimizer(self) -> optax.GradientTransformation:
-        return self.optimizer.build(state_lib.logical_axes(self.model), self.steps)
-
-    def _abstract(self, mesh: Mesh) -> tuple[Any, Any]:
-        abstract = state_lib.abstract_state(self.model, self._optimizer)
-        return abstract, state_lib.state_shardings(abstract, self.model, mesh, self.rules)
+    def program(self) -> TrainingProgram:
+        """The training step, which plan.Plan compiles too."""
+        return TrainingProgram(
+            model=self.model,
+            lengths=self.lengths,
+            batch_size=self.batch_size,
+            optimizer=self.optimizer,
+            mesh=self.mesh,
+            rules=self.rules,
+            steps=self.steps,
+            accumulation=self.accumulation,
+            skip_nonfinite=self.on_nan == "skip",
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+        )
 
     # --- the run ---
 
@@ -236,7 +231,7 @@ class Pretrain:
             self.task,
             self.split,
             self.batch_size,
-            self._lengths(),
+            self.program.sides(),
             self.model.architecture,
             self.seed,
             self.pack,
@@ -272,7 +267,7 @@ class Pretrain:
         """The state to begin with. Precedence: 1. this run's own newest checkpoint; 2. init_from; 3.
         random.
         """
-        abstract, shardings = self._abstract(mesh)
+        abstract, shardings = self.program.abstract(mesh)
         # 1. Resume.
         restored = keeper.restore_latest(state_lib.with_shardings(abstract, shardings))
         if restored is not None:
@@ -298,12 +293,12 @@ class Pretrain:
             )
             run.write_lineage(lineage | begin.lineage)
             state = state_lib.init_state(
-                self.model, self._optimizer, mesh, self.rules, self.seed, begin.params
+                self.model, self.program.transform, mesh, self.rules, self.seed, begin.params
             )
             return state, Progress(), begin.source
         # 3. From scratch.
         run.write_lineage(lineage | {"parent": None})
-        state = state_lib.init_state(self.model, self._optimizer, mesh, self.rules, self.seed)
+        state = state_lib.init_state(self.model, self.program.transform, mesh, self.rules, self.seed)
         return state, Progress(), f"random parameters, seed {self.seed}"
 
     def _check_same_run(self, run: run_dir.RunDir, metadata: Mapping[str, Any], source: BatchSource) -> None:
@@ -329,26 +324,15 @@ class Pretrain:
         goodput: Goodput,
         state: Any,
     ) -> Loop:
-        abstract, shardings = self._abstract(mesh)
-        loss = LanguageModelLoss(self.model, self.label_smoothing, self.z_loss)
-        step = jax.jit(
-            make_train_step(
-                loss,
-                self._optimizer,
-                self.optimizer.learning_rate.build(self.steps),
-                accumulation=self.accumulation,
-                skip_nonfinite=self.on_nan == "skip",
-            ),
-            out_shardings=(shardings, None),
-            donate_argnums=0,
-        )
+        abstract, shardings = self.program.abstract(mesh)
         shard, shards = rules.host_shard(mesh)
         put = functools.partial(rules.put_batch, mesh=mesh)
         # A typed key on every device of the mesh, once: the hot loop moves nothing but batches.
         key = jax.jit(lambda: jax.random.key(self.seed), out_shardings=mesh_lib.replicated(mesh))()
         with goodput.timed("compile"):
             example = put(source.batch_at(0, shard, shards))
-            compiled = step.lower(state, example, key).compile()
+            lowered = self.program.step(mesh).lower(state, example, key)
+            compiled = self.mesh.compile(lowered)
         # A process that finds the program in its cache is far ahead; CPU devices wait 30 s for each other.
         run_dir.barrier("training step compiled")
         target = state_lib.with_shardings(abstract, shardings)
@@ -367,11 +351,11 @@ class Pretrain:
                 "model": json.loads(self.model.to_json()),
             },
             restore=lambda: keeper.restore_latest(target),
-            evaluate=self._evaluator(evaluated, mesh, loss) if evaluated else None,
+            evaluate=self._evaluator(evaluated, mesh, self.program.loss) if evaluated else None,
             eval_settings=run_dir.fingerprint(
                 [[other.fingerprint for other in evaluated], self.eval_batches]
             ),
-            flops_per_token=self._flops_per_token(),
+            flops_per_token=self.program.flops_per_token(),
             goodput=goodput,
         )
 
@@ -390,7 +374,7 @@ class Pretrain:
                 task,
                 self.eval_split,
                 rows,
-                self._lengths(),
+                self.program.sides(),
                 self.model.architecture,
                 self.seed,
                 self.pack,

@@ -1,0 +1,115 @@
+"""The training step as a program: what training runs and what planning compiles, from the same arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from t5style.data.pipeline import empty_batch
+from t5style.models import params as model_params
+from t5style.models.config import TransformerConfig
+from t5style.parallel import mesh as mesh_lib
+from t5style.parallel import rules as rules_lib
+from t5style.parallel.mesh import MeshConfig
+from t5style.parallel.rules import Rules
+from t5style.train import state as state_lib
+from t5style.train.optimizer import Optimizer
+from t5style.train.state import TrainState
+from t5style.train.step import LanguageModelLoss, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingProgram:
+    """All that the compiled training step depends on. Attributes are those of pretrain.Pretrain."""
+
+    model: TransformerConfig
+    lengths: Mapping[str, int]
+    batch_size: int
+    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    rules: Rules = dataclasses.field(default_factory=Rules)
+    steps: int = 1000
+    accumulation: int = 1
+    skip_nonfinite: bool = False
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+    def sides(self) -> dict[str, int]:
+        """The lengths that the model reads, by side.
+
+        Raises:
+          ValueError: one is missing.
+        """
+        sides = ("encoder", "decoder") if self.model.architecture == "encoder_decoder" else ("decoder",)
+        missing = [side for side in sides if side not in self.lengths]
+        if missing:
+            raise ValueError(
+                f"lengths is {dict(self.lengths)}; a {self.model.architecture} model also needs "
+                f"{missing[0]!r}."
+            )
+        return {side: int(self.lengths[side]) for side in sides}
+
+    @functools.cached_property
+    def loss(self) -> LanguageModelLoss:
+        """What is learnt."""
+        return LanguageModelLoss(self.model, self.label_smoothing, self.z_loss)
+
+    @functools.cached_property
+    def transform(self) -> optax.GradientTransformation:
+        """The optimiser, as optax has it."""
+        return self.optimizer.build(state_lib.logical_axes(self.model), self.steps)
+
+    def abstract(self, mesh: Mesh) -> tuple[TrainState, TrainState]:
+        """Shapes and shardings of the state; nothing is allocated."""
+        abstract = state_lib.abstract_state(self.model, self.transform)
+        return abstract, state_lib.state_shardings(abstract, self.model, mesh, self.rules)
+
+    def flops_per_token(self) -> float:
+        """Training FLOPs per position (models/params.flops_per_example has the convention)."""
+        lengths = self.sides()
+        return model_params.flops_per_token(self.model, lengths["decoder"], lengths.get("encoder", 0))
+
+    def step(self, mesh: Mesh) -> Any:
+        """The jitted step(state, batch, key) -> (state, metrics); its state is donated."""
+        return jax.jit(
+            make_train_step(
+                self.loss,
+                self.transform,
+                self.optimizer.learning_rate.build(self.steps),
+                accumulation=self.accumulation,
+                skip_nonfinite=self.skip_nonfinite,
+            ),
+            out_shardings=(self.abstract(mesh)[1], None),
+            donate_argnums=0,
+        )
+
+    def arguments(self, mesh: Mesh) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct], Any]:
+        """State, batch and key as shapes with shardings, on real or described devices."""
+        rows = rules_lib.batch_sharding(mesh)
+        batch = {
+            name: jax.ShapeDtypeStruct((self.batch_size, *array.shape[1:]), array.dtype, sharding=rows)
+            for name, array in empty_batch(1, self.sides()).items()
+        }
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=mesh_lib.replicated(mesh))
+        return state_lib.with_shardings(*self.abstract(mesh)), batch, key
+
+    def lower(self, mesh: Mesh) -> jax.stages.Lowered:
+        """The step, traced and lowered for the mesh's devices.
+
+        Raises:
+          ValueError: the batch or a parameter does not divide by the mesh.
+        """
+        rules_lib.check_batch(self.batch_size, mesh, self.accumulation)
+        with rules_lib.use_mesh(mesh, self.rules):
+            return self.step(mesh).lower(*self.arguments(mesh))
+
+    def compile(self, mesh: Mesh) -> jax.stages.Compiled:
+        """The step compiled for the mesh's devices, with the mesh's compiler options."""
+        return self.mesh.compile(self.lower(mesh))
