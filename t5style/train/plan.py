@@ -1,0 +1,120 @@
+"""`plan`: what a training step needs and how fast it can be, before anything is rented."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from t5style import console, run_dir
+from t5style.models.config import TransformerConfig
+from t5style.parallel import topologies
+from t5style.parallel.explain import format_bytes
+from t5style.parallel.mesh import MeshConfig
+from t5style.parallel.rules import Rules
+from t5style.train import plan_report, plan_search
+from t5style.train.estimate import estimate
+from t5style.train.optimizer import Optimizer
+from t5style.train.plan_search import Search
+from t5style.train.program import TrainingProgram
+
+HLO_FILE = "program.hlo.txt"
+PLAN_FILE = "plan.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Compiles the training step for a slice and reports what it needs and how fast it can be.
+
+    Writes plan.json, plan.txt and program.hlo.txt into the run folder.
+
+    Attributes:
+      model, lengths, batch_size, optimizer, mesh, rules, accumulation, label_smoothing, z_loss: as those of
+        pretrain.Pretrain.
+      slice: 'v5e-256', 'v5p-128', '2xv5e-256', 'v5p:4x4x4' (see parallel/topologies.py), or None for the
+        devices of this machine.
+      tokens: how many to train on, for time, chip-hours and cost.
+      chip_hour_price: of one chip, in any currency; None for no cost.
+      search: knobs to try (plan_search.Search); None plans what is given.
+    """
+
+    model: TransformerConfig
+    lengths: Mapping[str, int]
+    batch_size: int
+    slice: str | None = None
+    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    rules: Rules = dataclasses.field(default_factory=Rules)
+    accumulation: int = 1
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    tokens: float | None = None
+    chip_hour_price: float | None = None
+    search: Search | None = None
+
+    distributed: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulation"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+        for name in ("tokens", "chip_hour_price"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}; it must be above 0, or None.")
+        if self.slice is not None:
+            topologies.parse_slice(self.slice)
+
+    def inputs(self) -> Sequence[str]:
+        """Nothing is read."""
+        return []
+
+    @property
+    def program(self) -> TrainingProgram:
+        """What is compiled; training with the same settings runs the same."""
+        return TrainingProgram(
+            model=self.model,
+            lengths=self.lengths,
+            batch_size=self.batch_size,
+            optimizer=self.optimizer,
+            mesh=self.mesh,
+            rules=self.rules,
+            accumulation=self.accumulation,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+        )
+
+    def dry_run(self, run: run_dir.RunDir) -> None:
+        """Says what would be compiled."""
+        name = self.slice or "this machine"
+        console.say(f"would compile a step of {self.batch_size} rows x {dict(self.lengths)} for {name}")
+
+    def __call__(self, run: run_dir.RunDir) -> dict[str, Any]:
+        """Plans; returns the main figures.
+
+        Raises:
+          UserError: libtpu is missing, the slice does not exist, or nothing fits it.
+        """
+        where = None if self.slice is None else topologies.parse_slice(self.slice)
+        program, found = self.program, []
+        if self.search is not None:
+            program, found = plan_search.search(self.search, program, where, run)
+        made = estimate(program, where)
+        bill = plan_report.bill(made, where, self.tokens, self.chip_hour_price)
+        text = plan_report.report(program, made, where, bill)
+        figures = made.to_json() | {"slice": self.slice, "bill": bill}
+        if found:
+            figures["front"] = found
+        run_dir.atomic_write(run.path / PLAN_FILE, json.dumps(figures, indent=1))
+        run_dir.atomic_write(run.path / "plan.txt", text)
+        run_dir.atomic_write(run.path / HLO_FILE, made.hlo)
+        console.say(text)
+        if not made.memory.fits:
+            raise run_dir.UserError(
+                f"this does not fit {self.slice}: it needs {format_bytes(made.memory.peak)} on each device, "
+                f"which has {format_bytes(made.memory.limit or 0)}. {plan_report.remedies(program, made)[0]}"
+            )
+        return {
+            name: figures[name] for name in ("parameters", "step_seconds", "mfu", "tokens_per_second", "fits")
+        } | {"peak_bytes": made.memory.peak}

@@ -1,0 +1,290 @@
+"""Which mesh, remat policy, batch, accumulation and attention blocks train fastest on a slice.
+
+An analytic model drops what cannot fit and orders the rest; the best of these are compiled, and what the
+compiler says of them decides. The model is coarse: it only has to keep the good ones among those compiled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from t5style import console, run_dir
+from t5style.models import params as model_params
+from t5style.models.config import TransformerConfig
+from t5style.nn.settings import AttentionBlocks
+from t5style.parallel.explain import format_bytes
+from t5style.parallel.mesh import AXES, MeshConfig
+from t5style.parallel.topologies import Slice
+from t5style.train.estimate import Estimate, estimate
+from t5style.train.program import TrainingProgram
+
+FRONT_FILE = "front.json"
+BEST_FILE = "best.gin"
+# What a large matrix product reaches of the peak, and a collective of its links (both found with libtpu).
+_PRODUCT_SHARE, _LINK_SHARE = 0.8, 0.85
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """What to try. None takes what the plan itself gives.
+
+    Attributes:
+      meshes: None tries every division of a slice's devices into fsdp and tensor (up to 8), with data for
+        slices.
+      remats: policies (see TransformerConfig.remat).
+      batch_sizes: rows of the global batch.
+      accumulations: microbatches per step.
+      attention_blocks: tiles of the attention kernel.
+      compiler_options: sets of XLA options.
+      memory_limit: bytes of a device that may be used; None for what the device has.
+      compiled: how many of the candidates to compile; each takes a minute or some.
+    """
+
+    meshes: Sequence[MeshConfig] | None = None
+    remats: Sequence[str] | None = None
+    batch_sizes: Sequence[int] | None = None
+    accumulations: Sequence[int] | None = None
+    attention_blocks: Sequence[AttentionBlocks] | None = None
+    compiler_options: Sequence[Mapping[str, Any]] | None = None
+    memory_limit: int | None = None
+    compiled: int = 6
+
+    def __post_init__(self) -> None:
+        if self.compiled < 1:
+            raise ValueError(f"Search.compiled = {self.compiled}; at least one must be compiled.")
+
+    def candidates(self, program: TrainingProgram, where: Slice) -> Iterator[TrainingProgram]:
+        """All combinations whose sizes divide."""
+        meshes = self.meshes or list(divisions(where))
+        options = self.compiler_options or [program.mesh.compiler_options]
+        for mesh, option, remat, rows, accumulation, blocks in itertools.product(
+            meshes,
+            options,
+            self.remats or [program.model.remat],
+            self.batch_sizes or [program.batch_size],
+            self.accumulations or [program.accumulation],
+            self.attention_blocks or [program.model.attention_blocks],
+        ):
+            sizes = mesh.sizes(where.num_devices)
+            model = program.model.replace(remat=remat, attention_blocks=blocks)
+            if rows % (sizes["data"] * sizes["fsdp"] * accumulation) or not _divides(model, sizes):
+                continue
+            yield dataclasses.replace(
+                program,
+                model=model,
+                batch_size=rows,
+                accumulation=accumulation,
+                mesh=dataclasses.replace(mesh, compiler_options=option),
+            )
+
+
+def divisions(where: Slice) -> Iterator[MeshConfig]:
+    """Meshes of fsdp and tensor within a slice, and data over slices."""
+    inner = where.num_devices // where.num_slices
+    for tensor in (1, 2, 4, 8):
+        if inner % tensor == 0:
+            yield MeshConfig(data=where.num_slices, fsdp=inner // tensor, tensor=tensor)
+
+
+def _divides(model: TransformerConfig, sizes: Mapping[str, int]) -> bool:
+    tensor, fsdp = sizes["tensor"], sizes["fsdp"]
+    parts = (model.num_heads, model.kv_heads, model.d_ff, model.vocab_size)
+    experts = model.moe.experts if model.moe else sizes["expert"]
+    return (
+        all(part % tensor == 0 for part in parts)
+        and model.d_model % fsdp == 0
+        and experts % sizes["expert"] == 0
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Guess:
+    """The analytic model's figures of one device: bytes and seconds."""
+
+    memory: float
+    seconds: float
+
+
+def guess(program: TrainingProgram, where: Slice) -> Guess:
+    """What a candidate would need, from its shapes.
+
+    Time: products of forward, backward and recomputation at a share of the peak, or the weights' gathering
+    and the gradients' scattering over the links, whichever is longer. Memory: state and gradients, what the
+    policy keeps of each layer, one layer's activations, and the logits in float32 with their gradient.
+    """
+    model, sizes = program.model, program.mesh.sizes(where.num_devices)
+    chip = where.chip
+    length = sum(program.sides().values())
+    ways = sizes["data"] * sizes["fsdp"]
+    rows = program.batch_size / ways / program.accumulation
+    tokens = rows * length / sizes["sequence"]  # of one device at a time
+    parameters = model_params.count_params(model)
+    shards = math.prod(sizes[axis] for axis in ("fsdp", "tensor", "expert", "stage"))
+    width, heads = model.d_model, model.num_heads * model.heads_width
+    kept = {
+        "query": heads,
+        "key": model.kv_heads * model.heads_width,
+        "value": model.kv_heads * model.heads_width,
+        "attention_context": heads,
+        "mlp_hidden": len(model.activations) * model.d_ff,
+    }
+    layer = width * 8 + 4 * heads + 3 * model.d_ff * len(model.activations)
+    names = {"none": tuple(kept), "dots": tuple(kept), "qkv": ("query", "key", "value"), "full": ()}.get(
+        model.remat, tuple(name for name in kept if name in model.remat)
+    )
+    stored = width + sum(kept[name] for name in names)
+    layers = model.encoder_layers + model.decoder_layers
+    itemsize = 2 if model.dtype == "bfloat16" else 4
+    optimizer = 8 if program.optimizer.name == "adamw" else 1
+    memory = parameters * (4 + optimizer + 4) / shards
+    memory += tokens * itemsize * (layers * stored + layer) / sizes["tensor"] / sizes["stage"]
+    memory += tokens * model.vocab_size * 6 / sizes["tensor"]
+    flops = program.flops_per_token() * program.batch_size * length / where.num_devices
+    again = 1 - sum(kept[name] for name in names) / sum(kept.values())  # of the forward pass
+    compute = flops * (1 + again / 3) / (chip.bf16_flops / chip.devices) / _PRODUCT_SHARE
+    gathered = 3 * 2 * parameters / sizes["tensor"] / sizes["expert"] * program.accumulation
+    moved = gathered if sizes["fsdp"] > 1 else 0.0
+    if sizes["tensor"] > 1:
+        moved += 3 * 4 * layers * tokens * program.accumulation * width * itemsize
+    return Guess(memory, max(compute, moved / (chip.ici_bytes_per_second * _LINK_SHARE)))
+
+
+def search(
+    knobs: Search, program: TrainingProgram, where: Slice | None, run: run_dir.RunDir
+) -> tuple[TrainingProgram, list[dict[str, Any]]]:
+    """The best program found, and the front: those of which none other is both faster and smaller.
+
+    Writes front.json (all that were compiled) and best.gin, which a training configuration includes.
+
+    Raises:
+      UserError: no candidate divides or fits.
+    """
+    if where is None:
+        raise run_dir.UserError("a search needs a slice to plan for: set slice, 'v5e-256' say.")
+    limit = knobs.memory_limit or where.chip.usable_hbm_bytes // where.chip.devices
+    guessed = [(guess(each, where), each) for each in knobs.candidates(program, where)]
+    if not guessed:
+        raise run_dir.UserError(
+            f"no mesh divides this model on {where}: heads {program.model.num_heads}, width "
+            f"{program.model.d_model}, rows {program.batch_size}."
+        )
+    # The model of memory is coarse: what exceeds the limit by a quarter may still fit.
+    able = [pair for pair in guessed if pair[0].memory <= 1.25 * limit]
+    able = able or [min(guessed, key=lambda pair: pair[0].memory)]
+    able.sort(key=lambda pair: pair[0].seconds / pair[1].batch_size)
+    chosen = able[: knobs.compiled]
+    console.say(
+        f"{len(guessed)} candidates, of which {len(able)} may fit {format_bytes(limit)}: compiling "
+        f"{len(chosen)}"
+    )
+    made: list[tuple[TrainingProgram, Estimate]] = []
+    with console.progress("compiling", len(chosen), "programs") as bar:
+        for number, (_, each) in enumerate(chosen):
+            found = estimate(each, where)
+            made.append((each, found))
+            bar.advance()
+            console.say(f"{number + 1}: {describe(each, where)}: {_figures(found)}")
+            # Written each time: a search that is interrupted has told what it found.
+            table = [_row(one, what, where) for one, what in made]
+            run_dir.atomic_write(run.path / FRONT_FILE, json.dumps(table, indent=1))
+    fitting = [(one, what) for one, what in made if what.memory.peak <= limit and what.step_seconds]
+    if not fitting:
+        least = min(made, key=lambda pair: pair[1].memory.peak)
+        raise run_dir.UserError(
+            f"nothing that was compiled fits {format_bytes(limit)} of {where}: the smallest, "
+            f"{describe(least[0], where)}, needs {format_bytes(least[1].memory.peak)}. Search smaller "
+            "batch_sizes, larger accumulations, remats=['full'], or a larger slice."
+        )
+    best = min(fitting, key=_per_token)[0]
+    front = [
+        _row(one, what, where)
+        for one, what in sorted(fitting, key=_per_token)
+        if not any(_dominates(other, what) for _, other in fitting)
+    ]
+    run_dir.atomic_write(run.path / BEST_FILE, gin_file(best, where))
+    return best, front
+
+
+def _per_token(pair: tuple[TrainingProgram, Estimate]) -> float:
+    return (pair[1].step_seconds or math.inf) / pair[1].tokens
+
+
+def _dominates(one: Estimate, other: Estimate) -> bool:
+    ours = ((one.step_seconds or 0) / one.tokens, one.memory.peak)
+    theirs = ((other.step_seconds or 0) / other.tokens, other.memory.peak)
+    return all(a <= b for a, b in zip(ours, theirs, strict=True)) and ours != theirs
+
+
+def _figures(made: Estimate) -> str:
+    if made.step_seconds is None:
+        return f"needs {format_bytes(made.memory.peak)}"
+    return (
+        f"{made.step_seconds:.3f} s, MFU {made.mfu(made.step_seconds):.1%}, {format_bytes(made.memory.peak)}"
+    )
+
+
+def describe(program: TrainingProgram, where: Slice) -> str:
+    """A candidate in words."""
+    sizes = program.mesh.sizes(where.num_devices)
+    mesh = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one device"
+    parts = [mesh, f"remat {program.model.remat}", f"{program.batch_size} rows"]
+    if program.accumulation > 1:
+        parts.append(f"accumulation {program.accumulation}")
+    blocks = changed(program.model.attention_blocks)
+    return ", ".join([*parts, *(f"{name} {value}" for name, value in blocks.items())])
+
+
+def changed(record: Any) -> dict[str, Any]:
+    """The fields of a dataclass that are not as its defaults."""
+    return {
+        field.name: getattr(record, field.name)
+        for field in dataclasses.fields(record)
+        if getattr(record, field.name) != field.default
+    }
+
+
+def _row(program: TrainingProgram, made: Estimate, where: Slice) -> dict[str, Any]:
+    return {
+        "mesh": program.mesh.sizes(where.num_devices),
+        "remat": program.model.remat,
+        "batch_size": program.batch_size,
+        "accumulation": program.accumulation,
+        "attention_blocks": changed(program.model.attention_blocks),
+        "compiler_options": dict(program.mesh.compiler_options),
+        "step_seconds": made.step_seconds,
+        "compute_seconds": made.compute_seconds,
+        "mfu": made.mfu(made.step_seconds),
+        "peak_bytes": made.memory.peak,
+    }
+
+
+def gin_file(program: TrainingProgram, where: Slice) -> str:
+    """The choice as a gin file, to be included in place of one of gin/mesh/."""
+    sizes = program.mesh.sizes(where.num_devices)
+    lines = [
+        f"# Found by a plan for {where}: {describe(program, where)}.",
+        "# Include it in place of a file of gin/mesh/.",
+        "from __gin__ import dynamic_registration",
+        "",
+        "from t5style.models import config",
+        "from t5style.nn import settings",
+        "from t5style.parallel import mesh",
+        "",
+        f"BATCH_SIZE = {program.batch_size}",
+        f"ACCUMULATION = {program.accumulation}",
+        "",
+        f"config.TransformerConfig.remat = {program.model.remat!r}",
+        f"config.TransformerConfig.attention = {program.model.attention!r}",
+    ]
+    if blocks := changed(program.model.attention_blocks):
+        lines += ["config.TransformerConfig.attention_blocks = @settings.AttentionBlocks()"]
+        lines += [f"settings.AttentionBlocks.{name} = {value!r}" for name, value in blocks.items()]
+    lines += [f"mesh.MeshConfig.{axis} = {sizes[axis]}" for axis in AXES]
+    if program.mesh.compiler_options:
+        lines.append(f"mesh.MeshConfig.compiler_options = {dict(program.mesh.compiler_options)!r}")
+    return "\n".join(lines) + "\n"
