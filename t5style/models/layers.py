@@ -22,7 +22,7 @@ from t5style.models.attention_layers import (
 from t5style.models.config import LayerKind, TransformerConfig
 from t5style.nn import activations
 from t5style.nn.cache import LayerCache
-from t5style.nn.moe import MoeMlp
+from t5style.nn.moe import MoeMlp, RouterStats
 from t5style.nn.positions import RelativeBias
 from t5style.parallel.rules import constrain
 
@@ -111,10 +111,12 @@ class Layer(nn.Module):
     def _add(self, x: jax.Array, y: jax.Array, deterministic: bool) -> jax.Array:
         return constrain(x + self.dropout(y, deterministic=deterministic), ("batch", "length", "embed"))
 
-    def _mlp(self, x: jax.Array, deterministic: bool, real: jax.Array | None) -> jax.Array:
+    def _mlp(
+        self, x: jax.Array, deterministic: bool, real: jax.Array | None, stats: bool = False
+    ) -> tuple[jax.Array, RouterStats | None]:
         if isinstance(self.mlp, MoeMlp):
-            return self.mlp(x, real=real, deterministic=deterministic)[0]
-        return self.mlp(x, deterministic)
+            return self.mlp(x, real=real, deterministic=deterministic, stats=stats)
+        return self.mlp(x, deterministic), None
 
     def __call__(
         self,
@@ -126,8 +128,12 @@ class Layer(nn.Module):
         encoded: jax.Array | None = None,
         encoded_segments: jax.Array | None = None,
         deterministic: bool = True,
-    ) -> jax.Array:
-        """`[batch, length, embed] -> [batch, length, embed]`; angles: by kind of attention."""
+        stats: bool = False,
+    ) -> tuple[jax.Array, RouterStats | None]:
+        """`[batch, length, embed] -> [batch, length, embed]`; angles: by kind of attention.
+
+        Also the router's statistics, if stats asks for them and the layer has experts.
+        """
         if self.config.relative_bias_per_layer and self.config.positions == "relative_bias":
             bias = self.relative_bias.between(x.shape[1], x.shape[1])
         real = None if segments is None else segments != 0
@@ -158,16 +164,20 @@ class Layer(nn.Module):
                 deterministic=deterministic,
             )
 
+        router = None
+
         def transform(y: jax.Array) -> jax.Array:
-            return self._mlp(y, deterministic, real)
+            nonlocal router
+            y, router = self._mlp(y, deterministic, real, stats)
+            return y
 
         if self.config.parallel_layers:
             both = attend(self.attention_norm(x)) + transform(self.mlp_norm(x))
-            return self._add(x, both, deterministic)
+            return self._add(x, both, deterministic), router
         x = self._sublayer("attention", x, attend, deterministic)
         if self.cross:
             x = self._sublayer("cross_attention", x, attend_across, deterministic)
-        return self._sublayer("mlp", x, transform, deterministic)
+        return self._sublayer("mlp", x, transform, deterministic), router
 
     # --- decoding ---
 
@@ -218,7 +228,7 @@ class Layer(nn.Module):
             return self.cross_attention.recall(y, across, None, jnp.asarray(encoder_visible), None)
 
         def transform(y: jax.Array) -> jax.Array:
-            return self._mlp(y, True, real)
+            return self._mlp(y, True, real)[0]
 
         if self.config.parallel_layers:
             x = x + attend(self.attention_norm(x)) + transform(self.mlp_norm(x))

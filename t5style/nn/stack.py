@@ -7,7 +7,9 @@ from typing import Any, TypeVar
 import jax
 
 Carry = TypeVar("Carry")
-Layer = Callable[..., Carry]  # (params, carry, key), and the kind where there are several
+Output = Any  # what a layer gives beside the carry, a tree of arrays
+# (params, carry, key), and the kind where there are several, to (carry, output)
+Layer = Callable[..., tuple[Carry, Output]]
 
 # Names that layers give (checkpoint_name) to what a policy may keep.
 QKV = ("query", "key", "value")
@@ -52,8 +54,8 @@ def run_layers(
     keys: jax.Array | None,
     policy: str,
     scan: bool,
-) -> Carry:
-    """Applies `layer(params, carry, key, kind)` for each layer in turn.
+) -> tuple[Carry, dict[str, Output]]:
+    """Applies `layer(params, carry, key, kind)`, which gives (carry, output), for each layer in turn.
 
     Args:
       layer: one layer as a pure function; kind is static.
@@ -64,6 +66,10 @@ def run_layers(
       keys: random keys `[layers]` or None.
       policy: what the backward pass recomputes, see remat.
       scan: one lax.scan over the part of the order that repeats itself, the rest unrolled; or all unrolled.
+
+    Returns:
+      The last carry, and by the name of a group its layers' outputs, stacked: arrays `[layers of the group,
+      ...]`. Layers of a group give outputs of the same shapes; None is an output too.
     """
     scan = scan and not any(isinstance(group, tuple) for group in params.values())
     start, period, repeats = repetition(tuple(order)) if scan else (0, 1, 0)
@@ -73,7 +79,9 @@ def run_layers(
         name: group if isinstance(group, tuple) or scan else unstack(group) for name, group in params.items()
     }
 
-    def run(tree: Any, carry: Carry, key: jax.Array | None, kind: Hashable, scanned: bool) -> Carry:
+    def run(
+        tree: Any, carry: Carry, key: jax.Array | None, kind: Hashable, scanned: bool
+    ) -> tuple[Carry, Output]:
         return remat(functools.partial(layer, kind=kind), policy, scanned=scanned)(tree, carry, key)
 
     def unrolled(carry: Carry, first: int, end: int) -> Carry:
@@ -81,17 +89,21 @@ def run_layers(
             name, kind = order[index]
             group, number = trees[name], names[:index].count(name)
             tree = group[number] if isinstance(group, tuple) else _at(group, number)
-            carry = run(tree, carry, None if keys is None else keys[index], kind, False)
+            carry, output = run(tree, carry, None if keys is None else keys[index], kind, False)
+            outputs[name].append(jax.tree.map(lambda leaf: leaf[None], output))
         return carry
 
-    def step(carry: Carry, xs: Any) -> tuple[Carry, None]:
+    def step(carry: Carry, xs: Any) -> tuple[Carry, dict[str, Output]]:
         groups, drawn = xs
+        given: dict[str, list[Output]] = {name: [] for name in groups}
         for index in range(period):
             name, kind = order[start + index]
-            tree = _at(groups[name], names[start : start + index].count(name))
-            carry = run(tree, carry, None if drawn is None else drawn[index], kind, True)
-        return carry, None
+            tree = _at(groups[name], len(given[name]))
+            carry, output = run(tree, carry, None if drawn is None else drawn[index], kind, True)
+            given[name].append(output)
+        return carry, {name: stack(each) for name, each in given.items()}
 
+    outputs: dict[str, list[Output]] = {name: [] for name in names}  # of arrays [some layers, ...]
     carry = unrolled(carry, 0, start)
     if repeats:
         groups = {
@@ -107,8 +119,14 @@ def run_layers(
             for name in dict.fromkeys(names[start : start + period])
         }
         drawn = None if keys is None else _cut(keys, start, repeats, period)
-        carry = jax.lax.scan(step, carry, (groups, drawn))[0]
-    return unrolled(carry, stop, len(order))
+        carry, given = jax.lax.scan(step, carry, (groups, drawn))  # given: [repeats, count, ...]
+        for name, output in given.items():
+            outputs[name].append(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), output))
+    carry = unrolled(carry, stop, len(order))
+    return carry, {
+        name: jax.tree.map(lambda *leaves: jax.numpy.concatenate(leaves), *parts)
+        for name, parts in outputs.items()
+    }
 
 
 def _at(tree: Any, index: int) -> Any:

@@ -18,7 +18,7 @@ def layer(params, x, key, kind):
     hidden = jnp.tanh(checkpoint_name(x @ params["up"], "query"))
     if key is not None:
         hidden = hidden * jax.random.bernoulli(key, 0.5, hidden.shape)
-    return x + jnp.sin(hidden) @ params["down"]
+    return x + jnp.sin(hidden) @ params["down"], None
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def params():
 
 
 def loss(params, x, keys, policy, scan):
-    out = run_layers(layer, {"all": params}, x, order=ORDER, keys=keys, policy=policy, scan=scan)
+    out, _ = run_layers(layer, {"all": params}, x, order=ORDER, keys=keys, policy=policy, scan=scan)
     return (out**2).sum()
 
 
@@ -45,7 +45,7 @@ def test_scan_and_remat_change_no_value(params, policy, scan):
     keys = jax.random.split(jax.random.key(2), LAYERS)
     want = x
     for i in range(LAYERS):
-        want = layer(jax.tree.map(lambda leaf, i=i: leaf[i], params), want, keys[i], "one")
+        want, _ = layer(jax.tree.map(lambda leaf, i=i: leaf[i], params), want, keys[i], "one")
     value, gradients = jax.jit(functools.partial(jax.value_and_grad(loss), policy=policy, scan=scan))(
         params, x, keys
     )
@@ -88,8 +88,8 @@ def test_unstack_is_undone_by_stack_and_has_its_gradient(params):
 def test_a_tuple_of_layers_is_run_as_it_is(params):
     x = jnp.ones((2, WIDTH))
     run = functools.partial(run_layers, layer, carry=x, order=ORDER, keys=None, policy="none", scan=True)
-    apart = run(params={"all": unstack(params)})
-    np.testing.assert_allclose(apart, run(params={"all": params}), rtol=1e-5)
+    apart, _ = run(params={"all": unstack(params)})
+    np.testing.assert_allclose(apart, run(params={"all": params})[0], rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -106,9 +106,12 @@ def test_layers_of_several_kinds_run_in_their_order(order, scan):
     def note(tree, state, key, kind):
         place, seen = state
         seen = seen.at[place].set(jnp.stack([tree[0], letters[kind], key]))
-        return place + 1, seen
+        return (place + 1, seen), None if groups[kind] == "plain" else {
+            "of": tree[0],
+            "at": jnp.asarray(place),
+        }
 
-    _, seen = jax.jit(
+    (_, seen), outputs = jax.jit(
         lambda params: run_layers(
             note,
             params,
@@ -122,6 +125,13 @@ def test_layers_of_several_kinds_run_in_their_order(order, scan):
     taken = {group: iter(values[:, 0]) for group, values in params.items()}
     want = [(next(taken[groups[kind]]), letters[kind], i) for i, kind in enumerate(order)]
     np.testing.assert_array_equal(seen, want)
+    assert set(outputs) == set(count)
+    assert outputs.get("plain") is None
+    if "own" in count:
+        np.testing.assert_array_equal(outputs["own"]["of"], params["own"][:, 0])
+        np.testing.assert_array_equal(
+            outputs["own"]["at"], [i for i, kind in enumerate(order) if kind in "BC"]
+        )
 
 
 @pytest.mark.parametrize(
