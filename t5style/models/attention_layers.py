@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from t5style.models.config import TransformerConfig
 from t5style.nn import cache as cache_lib
+from t5style.nn import platform
 from t5style.nn.attention import Dropout, attention, cached_attention
 from t5style.nn.cache import LayerCache
 from t5style.nn.initializers import initializer
@@ -97,7 +98,7 @@ class Attention(nn.Module):
     def _settings(self) -> dict[str, Any]:
         c = self.config
         return {
-            "scale": c.query_scale,
+            "scale": 1.0 if platform.scale_queries() else c.query_scale,
             "precision": c.precision,
             "softcap": c.attention_softcap,
             "sinks": self.sinks.astype(jnp.float32) if c.attention_sinks else None,
@@ -114,7 +115,11 @@ class Attention(nn.Module):
         query = self.query(x)
         if self.config.query_key_norm is not None:
             query = self._normalised(query, self.query_norm)
-        query = rotate(query, angles) if angles is not None else query
+        scale = self.config.query_scale if platform.scale_queries() else 1.0
+        if angles is not None:
+            query = rotate(query, angles, scale)
+        elif scale != 1.0:
+            query = (query.astype(jnp.float32) * scale).astype(query.dtype)
         return checkpoint_name(constrain(query, ("batch", "length", "heads", "head_dim")), "query")
 
     def keys_values(self, source: jax.Array, angles: Angles | None) -> tuple[jax.Array, jax.Array]:

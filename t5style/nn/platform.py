@@ -41,6 +41,24 @@ def separate_angles() -> bool:
     return platform() == "cpu"
 
 
+def rotate_by_product() -> bool:
+    """Whether rotary embeddings exchange the halves of a head by a product with a permutation.
+
+    TPU: yes. A half of 64 numbers fills half of a vector register, and XLA writes halves to memory one by
+    one before it joins them; the product goes through the matrix unit, which has time.
+    """
+    return platform() == "tpu"
+
+
+def scale_queries() -> bool:
+    """Whether the factor on attention scores is applied where queries are made, in float32.
+
+    TPU: yes, where it costs nothing, because the attention kernel has no factor of its own, and a product
+    in between is one more pass over the queries.
+    """
+    return platform() == "tpu"
+
+
 def scan_layers(*, remat: bool) -> bool:
     """Whether layers are scanned when the config leaves it open.
 

@@ -1,5 +1,6 @@
 """Positions: T5's bucketed relative bias, and rotary embeddings."""
 
+import functools
 import math
 
 import jax
@@ -190,18 +191,54 @@ def rotary_angles(
     return jax.lax.cond(positions[0, 0] >= 0, table, lambda: (zeros, zeros))
 
 
-def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array], scale: float = 1.0) -> jax.Array:
     """Rotary embedding of x `[batch, length, heads, head_dim]`, in float32, returned in x's dtype.
 
     Of angles `[batch, length, 1, rotated / 2]`, the first `rotated` dimensions turn, and the others stay.
     Dimension i turns with dimension i + rotated / 2: the order of the Hugging Face LLaMA checkpoints
-    ("rotate half"), not the neighbouring pairs of the paper.
+    ("rotate half"), not the neighbouring pairs of the paper. All is multiplied by `scale`.
     """
-    cosine, sine = angles
+    cosine, sine = angles if scale == 1.0 else (angles[0] * scale, angles[1] * scale)
+    if platform.rotate_by_product() and x.dtype == jnp.bfloat16:
+        rest = jnp.broadcast_to(jnp.float32(scale), (*cosine.shape[:-1], x.shape[-1] - 2 * cosine.shape[-1]))
+        factor = jnp.concatenate([cosine, cosine, rest], axis=-1)  # [batch, length, 1, head_dim]
+        return _turn(
+            x, factor, jnp.concatenate([sine, sine, jnp.zeros_like(rest)], axis=-1), cosine.shape[-1]
+        )
     half = cosine.shape[-1]
     first, second, rest = jnp.split(x, [half, 2 * half], axis=-1)
     first, second = first.astype(jnp.float32), second.astype(jnp.float32)
     parts = [first * cosine - second * sine, second * cosine + first * sine]
     if rest.shape[-1]:
-        parts.append(rest.astype(jnp.float32))
+        parts.append(rest.astype(jnp.float32) * scale)
     return jnp.concatenate(parts, axis=-1).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _turn(x: jax.Array, cosine: jax.Array, sine: jax.Array, half: int) -> jax.Array:
+    """x · cosine + (x with its halves exchanged, the first negated) · sine, of angles for every dimension.
+
+    The exchange is a product with a matrix of 0, 1 and -1, exact because each element of it has one term.
+    """
+    exchange = np.zeros((x.shape[-1], x.shape[-1]), np.float32)
+    index = np.arange(half)
+    exchange[index + half, index], exchange[index, index + half] = -1, 1
+    other = jnp.einsum("blhk,kj->blhj", x, jnp.asarray(exchange, x.dtype), preferred_element_type=jnp.float32)
+    return (x.astype(jnp.float32) * cosine + other * sine).astype(x.dtype)
+
+
+def _turn_forward(
+    x: jax.Array, cosine: jax.Array, sine: jax.Array, half: int
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _turn(x, cosine, sine, half), (cosine, sine)
+
+
+def _turn_backward(
+    half: int, tables: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, None, None]:
+    """The transpose of a rotation turns back. Positions have no gradient."""
+    cosine, sine = tables
+    return _turn(gradient, cosine, -sine, half), None, None
+
+
+_turn.defvjp(_turn_forward, _turn_backward)

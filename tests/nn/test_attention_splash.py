@@ -7,7 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from t5style.models.attention_layers import Attention
+from t5style.models.config import TransformerConfig
+from t5style.nn import platform
 from t5style.nn.attention import Dropout, attention
+from t5style.nn.positions import rotary_angles
 from t5style.nn.settings import AttentionBlocks
 from t5style.parallel.mesh import MeshConfig
 from t5style.parallel.rules import use_mesh
@@ -157,3 +161,78 @@ def test_blocks_fit_lengths_with_little_padding():
 def test_impossible_blocks_are_refused(fields, words):
     with pytest.raises(ValueError, match=words):
         AttentionBlocks(**fields)
+
+
+@pytest.mark.parametrize("positions", ["rope", "none"])
+def test_queries_may_be_scaled_where_they_are_made(monkeypatch, positions):
+    config = TransformerConfig(
+        vocab_size=16,
+        d_model=16,
+        d_ff=16,
+        num_heads=2,
+        decoder_layers=1,
+        positions=positions,
+        scale_attention=True,
+        dtype="float32",
+    )
+    layer, x = Attention(config), jnp.asarray(np.random.default_rng(0).normal(size=(1, 5, 16)), jnp.float32)
+    angles = rotary_angles(jnp.arange(5)[None], 8, 10_000.0) if positions == "rope" else None
+    settings = {"angles": angles, "bias": None, "segments": None, "source_segments": None}
+    settings |= {"causal": True, "deterministic": True}
+    params = layer.init(jax.random.key(0), x, x, **settings)
+    found = []
+    for early in (False, True):
+        monkeypatch.setattr(platform, "scale_queries", lambda early=early: early)
+        found.append(layer.apply(params, x, x, **settings))
+    np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-6)
+
+
+def compiled_for_tpu(monkeypatch, run, *arguments):
+    """The text of a program for two rows on a v5e slice, its operands of the given shapes."""
+    pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install 'jax[tpu]'")
+    from jax.experimental import topologies
+
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+    mesh = MeshConfig(data=2, fsdp=2, tensor=2).build(devices)
+    arguments = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
+        for shape, dtype, spec in arguments
+    ]
+    with use_mesh(mesh):
+        return jax.jit(run).lower(*arguments).compile().as_text()
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize(
+    ("width", "value_width", "settings"),
+    [
+        (128, 128, {"causal": True}),
+        (64, 64, {"causal": True, "window": 300, "softcap": 30.0, "sinks": SINKS}),
+        (192, 128, {}),
+        (80, 80, {"causal": True, "blocks": AttentionBlocks(use_fused_bwd_kernel=True)}),
+    ],
+)
+def test_it_compiles_for_a_tpu_without_scores(monkeypatch, width, value_width, settings):
+    rows, length, spec = 4, 1024, jax.sharding.PartitionSpec(("data", "fsdp"), None, "tensor")
+
+    def run(query, key, value, segments):
+        def f(query, key, value):
+            masks = {"query_segments": segments, "key_segments": segments}
+            return attention(query, key, value, **masks, **settings).astype(jnp.float32).sum()
+
+        return jax.grad(f, (0, 1, 2))(query, key, value)
+
+    text = compiled_for_tpu(
+        monkeypatch,
+        run,
+        *(
+            ((rows, length, heads, w), jnp.bfloat16, spec)
+            for heads, w in ((4, width), (2, width), (2, value_width))
+        ),
+        ((rows, length), jnp.int32, jax.sharding.PartitionSpec(("data", "fsdp"))),
+    )
+    for kernel in ("fwd", "dkv") + (() if "blocks" in settings else ("dq",)):
+        assert f"splash_mha_{kernel}_segmented" in text
+    assert f"{length},{length}]" not in text

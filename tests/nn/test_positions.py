@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from t5style.nn import platform
 from t5style.nn.parameter import normal
 from t5style.nn.positions import RelativeBias, relative_bucket, rotary_angles, rotary_frequencies, rotate
 from t5style.nn.settings import RopeScaling
@@ -208,3 +209,18 @@ def test_a_fraction_rotates_the_first_dimensions_as_a_narrower_head_and_leaves_t
     want = rotate(x[..., :4], rotary_angles(positions, 4, 10_000.0))
     np.testing.assert_array_equal(got[..., :4], want)
     assert not np.allclose(np.asarray(got[:, 1:, :, :4], np.float32), np.asarray(x[:, 1:, :, :4], np.float32))
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_a_product_exchanges_the_halves_exactly(monkeypatch, fraction):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 3, 16)), jnp.bfloat16)
+    angles = rotary_angles(jnp.arange(10).reshape(2, 5), 16, 10_000.0, fraction=fraction)
+
+    def both(by_product):
+        monkeypatch.setattr(platform, "rotate_by_product", lambda: by_product)
+        rotated, pull = jax.vjp(lambda x: rotate(x, angles, 0.25), x)
+        return rotated, *pull(x)
+
+    for product, parts in zip(both(True), both(False), strict=True):
+        assert product.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(product, parts)
