@@ -22,7 +22,7 @@ def bucket(length: int, least: int = MIN_BUCKET) -> int:
 
 
 def batch_bucket(rows: int, mesh: Mesh | None) -> int:
-    """Rows of the padded batch: a power of two, and a multiple of the mesh's data × fsdp."""
+    """Rows of the padded batch: a power of two, and a multiple of the mesh's data × fsdp × expert."""
     size = bucket(rows, 1)
     ways = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     return -(-size // ways) * ways

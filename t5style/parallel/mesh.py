@@ -26,7 +26,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES: tuple[str, ...] = ("data", "stage", "fsdp", "expert", "sequence", "tensor")
 # The axes over which a batch is divided: each of their positions works on rows of its own.
-BATCH_AXES: tuple[str, ...] = ("data", "fsdp")
+BATCH_AXES: tuple[str, ...] = ("data", "fsdp", "expert")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,8 @@ class MeshConfig:
       fsdp: rows of its own too, and parameters, gradients and optimiser state are divided (ZeRO-3).
       sequence: positions within a sequence are divided.
       tensor: heads, hidden units and vocabulary are divided (Megatron-style).
-      expert: experts of a mixture are divided.
+      expert: rows of its own too, and experts of a mixture are divided, to which tokens are sent
+        (nn/moe_dispatch.py); the other parameters as over fsdp.
       stage: layers are divided into pipeline stages.
       devices: use only the first so many devices of a single process; None uses all. A mesh that leaves
         devices idle has to say so here.

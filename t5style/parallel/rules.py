@@ -34,7 +34,7 @@ LogicalAxes = Sequence[str | None]
 
 # `layers` is the dimension over which equal layers are stacked; pipeline stages will divide it.
 PARAMETER_RULES: dict[str, MeshAxes] = {
-    "embed": "fsdp",
+    "embed": ("fsdp", "expert"),  # of experts' own weights `expert` divides the experts already
     "vocab": "tensor",
     "mlp": "tensor",
     "heads": "tensor",
@@ -118,12 +118,8 @@ def spec(
         raise ValueError(
             f"{name} has shape {tuple(shape)} but {len(axes)} logical axes {tuple(axes)}: name each one."
         )
-    entries: list[tuple[str, ...]] = []
-    taken: set[str] = set()
-    for logical, size in zip(axes, shape, strict=True):
-        entry = tuple(
-            axis for axis in rules.parameter_axes(logical) if mesh.shape[axis] > 1 and axis not in taken
-        )
+    entries = _parameter_entries(axes, mesh, rules)
+    for logical, size, entry in zip(axes, shape, entries, strict=True):
         ways = math.prod(mesh.shape[axis] for axis in entry)
         if size % ways:
             fits = [way for way in range(1, ways + 1) if size % way == 0]
@@ -134,9 +130,19 @@ def spec(
                 f"{ways} ({upward}, say), or keep a whole copy on each device with "
                 f"Rules(parameters={{{logical!r}: None}})."
             )
+    return _partition_spec(entries)
+
+
+def _parameter_entries(axes: LogicalAxes, mesh: Mesh, rules: Rules) -> list[tuple[str, ...]]:
+    entries: list[tuple[str, ...]] = []
+    taken: set[str] = set()
+    for logical in axes:
+        entry = tuple(
+            axis for axis in rules.parameter_axes(logical) if mesh.shape[axis] > 1 and axis not in taken
+        )
         taken.update(entry)
         entries.append(entry)
-    return _partition_spec(entries)
+    return entries
 
 
 def param_shardings(logical_axes: Any, abstract_params: Any, mesh: Mesh, rules: Rules | None = None) -> Any:
@@ -189,7 +195,7 @@ def path_name(path: Sequence[Any]) -> str:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of `[batch, ...]` arrays that come from the input pipeline: rows over data and fsdp."""
+    """Sharding of `[batch, ...]` arrays that come from the input pipeline: rows over data, fsdp, expert."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
@@ -197,16 +203,19 @@ def check_batch(batch_size: int, mesh: Mesh, accumulation: int = 1) -> None:
     """Refuses a batch whose rows cannot be dealt out evenly.
 
     Raises:
-      ValueError: `batch_size` is no multiple of data × fsdp × accumulation.
+      ValueError: `batch_size` is no multiple of data × fsdp × expert × accumulation.
     """
-    data, fsdp = (mesh.shape[axis] for axis in BATCH_AXES)
-    unit = data * fsdp * accumulation
+    # The expert axis is named where there is one.
+    ways = {axis: mesh.shape[axis] for axis in BATCH_AXES if axis != "expert" or mesh.shape[axis] > 1}
+    unit = math.prod(ways.values()) * accumulation
     if batch_size % unit:
         accumulated = f" × accumulation {accumulation}" if accumulation > 1 else ""
         near = sorted({max(1, batch_size // unit) * unit, -(-batch_size // unit) * unit})
         raise ValueError(
-            f"The batch of {batch_size} rows does not divide by data {data} × fsdp {fsdp}{accumulated} = "
-            f"{unit}: choose {' or '.join(map(str, near))} rows, or a mesh with a smaller data × fsdp."
+            f"The batch of {batch_size} rows does not divide by "
+            f"{' × '.join(f'{axis} {size}' for axis, size in ways.items())}{accumulated} = "
+            f"{unit}: choose {' or '.join(map(str, near))} rows, or a mesh with a smaller "
+            f"{' × '.join(ways)}."
         )
 
 
@@ -220,7 +229,7 @@ def host_shard(mesh: Mesh) -> tuple[int, int]:
     Raises:
       ValueError: the processes share some rows but not all, which no even split can serve.
     """
-    # [data, fsdp, everything else]: the position along the first two is the batch position.
+    # [data, fsdp, expert, everything else]: the position along the first three is the batch position.
     order = [AXES.index(axis) for axis in BATCH_AXES]
     order += [index for index in range(len(AXES)) if index not in order]
     rows = mesh.devices.transpose(order).reshape(math.prod(mesh.shape[axis] for axis in BATCH_AXES), -1)
@@ -232,7 +241,8 @@ def host_shard(mesh: Mesh) -> tuple[int, int]:
     if sum(map(len, groups)) != len(rows) or len({len(group) for group in groups}) != 1:
         raise ValueError(
             f"The mesh {dict(mesh.shape)} gives the {len(positions)} processes overlapping parts of the "
-            f"batch: make data × fsdp = {len(rows)} a multiple or a divisor of the number of processes."
+            f"batch: make {' × '.join(BATCH_AXES)} = {len(rows)} a multiple or a divisor of the number of "
+            "processes."
         )
     mine = positions.get(jax.process_index())
     if mine is None:
@@ -321,6 +331,12 @@ def activation_axes(logical_axes: LogicalAxes, shape: Sequence[int]) -> list[tup
         taken.update(entry)
         entries.append(entry)
     return entries
+
+
+def parameter_axes(logical_axes: LogicalAxes) -> list[tuple[str, ...]]:
+    """The mesh axes over which each dimension of a parameter is divided in the enclosing `use_mesh`."""
+    context = _context.value
+    return [()] * len(logical_axes) if context is None else _parameter_entries(logical_axes, *context)
 
 
 # --- small parts ---

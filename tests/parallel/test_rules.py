@@ -14,7 +14,9 @@ from t5style.parallel.rules import (
     current_mesh,
     host_shard,
     param_shardings,
+    parameter_axes,
     put_batch,
+    spec,
     use_mesh,
 )
 
@@ -85,7 +87,6 @@ def test_rules_change_the_table():
             "its axis 'heads' of size 6 does not divide by tensor=4. Choose tensor among 1, 2, 3",
         ),
         (MeshConfig(data=4, stage=2), {}, "stage=2 divides nothing in this model.*set stage=1"),
-        (MeshConfig(data=4, expert=2), {}, "expert=2 divides nothing"),
     ],
 )
 def test_what_does_not_divide_is_refused(mesh, sizes, words):
@@ -126,6 +127,34 @@ def test_a_batch_must_divide():
         check_batch(4, mesh, accumulation=2)
 
 
+def test_rows_are_divided_over_the_expert_axis_too():
+    mesh = MeshConfig(data=2, fsdp=1, expert=4).build()
+    check_batch(16, mesh)
+    with pytest.raises(
+        ValueError, match="12 rows does not divide by data 2 × fsdp 1 × expert 4 = 8: choose 8 or 16 rows"
+    ):
+        check_batch(12, mesh)
+    rows = np.arange(16).reshape(8, 2)
+    array = put_batch({"x": rows}, mesh)["x"]
+    np.testing.assert_array_equal(array, rows)  # the same rows in the same order
+    held = {shard.device.id: int(shard.data[0, 0]) // 2 for shard in array.addressable_shards}
+    assert held == {device.id: n for n, device in enumerate(mesh.devices.reshape(-1))}
+
+
+def test_the_expert_axis_divides_experts_and_whatever_else_is_stored():
+    mesh = MeshConfig(data=1, fsdp=2, expert=2, tensor=2).build()
+    assert spec(("expert", "mlp", "embed"), (4, 8, 8), mesh, Rules()) == P("expert", "tensor", "fsdp")
+    assert spec(("embed", "mlp"), (8, 8), mesh, Rules()) == P(("fsdp", "expert"), "tensor")
+    with pytest.raises(
+        ValueError,
+        match=r"of size 6 does not divide by expert=4\. Choose expert among 1, 2, 3, make the size",
+    ):
+        spec(("expert", "embed", "mlp"), (6, 8, 8), MeshConfig(expert=4).build(), Rules(), "experts/kernel")
+    with use_mesh(mesh):
+        assert parameter_axes(("expert", "embed")) == [("expert",), ("fsdp",)]
+    assert parameter_axes(("expert", "embed")) == [(), ()]
+
+
 def test_put_batch_deals_rows_out():
     mesh = MeshConfig(data=2, fsdp=2, tensor=2).build()
     rows = np.arange(24).reshape(8, 3)
@@ -149,6 +178,8 @@ class _Device:
         ({"data": 2, "tensor": 4}, "00112233", 3, (1, 2)),  # two processes share a shard
         ({"data": 8}, "00110011", 1, (1, 2)),  # interleaved hosts: rows 2, 3, 6, 7
         ({"data": 2, "fsdp": 2, "tensor": 2}, "00112233", 2, (2, 4)),
+        ({"data": 2, "expert": 2, "tensor": 2}, "00112233", 2, (2, 4)),
+        ({"data": 1, "expert": 8}, "00001111", 1, (1, 2)),
     ],
 )
 def test_host_shard(monkeypatch, sizes, owners, me, expected):
