@@ -16,18 +16,16 @@ import contextlib
 import dataclasses
 import difflib
 import math
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 
 from t5style import console, run_dir
+from t5style.train import profiling, watchdog
 from t5style.train.checkpoint import Checkpointer, all_steps
 from t5style.train.goodput import Goodput, mfu
+from t5style.train.stop import StopSignal
 
 IN_FLIGHT = 2  # steps dispatched and not yet read: enough to hide the host's work, little to lose
 MAX_BAD = 10  # steps in a row skipped, or rollbacks to one checkpoint, before it is no accident any more
@@ -45,6 +43,8 @@ class LoopOptions:
       on_nan: what to do where loss or gradient is not finite: 'stop' with an error; 'skip' the update (the
         step must have been made with skip_nonfinite); 'rollback' to the newest checkpoint and go on after the
         bad batch.
+      profile_steps: (first, last) of the steps to trace for xprof into <run>/profile; None for none.
+      hang_seconds, on_hang: how long no step may be finished, and what happens then, see `watchdog.Watchdog`.
     """
 
     steps: int
@@ -52,6 +52,9 @@ class LoopOptions:
     eval_every: int | None = None
     checkpoint_every: int | None = None
     on_nan: str = "stop"
+    profile_steps: Sequence[int] | None = None
+    hang_seconds: float | None = None
+    on_hang: str = "warn"
 
     def __post_init__(self) -> None:
         if self.on_nan not in NAN_POLICIES:
@@ -60,6 +63,8 @@ class LoopOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be 1 or more.")
+        profiling.check_steps(self.profile_steps, self.steps)
+        watchdog.check(self.hang_seconds, self.on_hang)
 
 
 @dataclasses.dataclass
@@ -206,11 +211,15 @@ class Loop:
             bar = stack.enter_context(
                 console.progress("training", total=options.steps, unit="steps", start=done)
             )
-            reader = _Reader(self, progress, writer, bar)
+            guard = stack.enter_context(
+                watchdog.Watchdog(self.run, options.hang_seconds, options.on_hang, done)
+            )
+            tracer = stack.enter_context(profiling.Tracer(self.run, options.profile_steps))
+            reader = _Reader(self, progress, writer, bar, guard)
             if self.evaluate is None:
                 progress.evaluation = {}
             if self._is_owed(done, progress):
-                self._evaluate(done, state, progress, writer, stop)
+                self._evaluate(done, state, progress, writer, stop, guard)
             stack.enter_context(self.goodput.timed("step"))
             source = self.batches(done + progress.offset)
             closer = getattr(source, "close", None)
@@ -221,9 +230,10 @@ class Loop:
                 with self.goodput.timed("data_wait"):
                     host_batch = next(source)
                 batch = self.put(host_batch)
-                with jax.transfer_guard("disallow"):
+                with tracer.step(done + 1, state), jax.transfer_guard("disallow"):
                     state, metrics = self.step(state, batch, self.key)
                 done = self.done = done + 1
+                tracer.finished(done, metrics)
                 pending.append((done, metrics))
                 while len(pending) > IN_FLIGHT:
                     reader.read(*pending.popleft())
@@ -241,7 +251,7 @@ class Loop:
                 reader.settle()
                 if evaluating:
                     try:
-                        self._evaluate(done, state, progress, writer, stop)
+                        self._evaluate(done, state, progress, writer, stop, guard)
                     except Exception:  # not a step is lost by it
                         self._save(done, state, progress, {})
                         raise
@@ -268,12 +278,24 @@ class Loop:
         return self._is_due(step) and not (made.get("step") == step and same)
 
     def _evaluate(
-        self, step: int, state: Any, progress: Progress, writer: _Metrics, stop: StopSignal
+        self,
+        step: int,
+        state: Any,
+        progress: Progress,
+        writer: _Metrics,
+        stop: StopSignal,
+        guard: watchdog.Watchdog,
     ) -> None:
         """Evaluates and writes the figures; a stop ends it early, without figures."""
         assert self.evaluate is not None
+
+        def stopping() -> bool:  # asked after every batch
+            guard.beat()
+            return stop.is_caught()
+
         with self.goodput.timed("evaluate"):
-            figures = self.evaluate(state.params, stop.is_caught)
+            figures = self.evaluate(state.params, stopping)
+        guard.beat()
         if figures is None:
             return
         progress.evaluation = {"step": step, "settings": self.eval_settings, "figures": figures}
@@ -344,8 +366,10 @@ class _Rollback(Exception):
 class _Reader:
     """Reads metrics late, sums them over a window, writes a line at multiples of log_every, and minds NaN."""
 
-    def __init__(self, loop: Loop, progress: Progress, writer: _Metrics, bar: Any) -> None:
-        self.loop, self.progress, self.writer, self.bar = loop, progress, writer, bar
+    def __init__(
+        self, loop: Loop, progress: Progress, writer: _Metrics, bar: Any, guard: watchdog.Watchdog
+    ) -> None:
+        self.loop, self.progress, self.writer, self.bar, self.guard = loop, progress, writer, bar, guard
         self.bad_in_a_row = 0
         self._logged = -1  # step of progress.last
         self._clock = self._busy()
@@ -370,6 +394,7 @@ class _Reader:
     def read(self, step: int, metrics: Any) -> None:
         """Waits for the step's metrics and books them."""
         values = jax.device_get(metrics)
+        self.guard.beat(step)
         progress = self.progress
         if float(values["nonfinite"][0]) > 0:
             self._bad(step, step - 1 + progress.offset)
@@ -436,51 +461,3 @@ class _Reader:
                 f"{kept}. "
                 "Lower the learning rate or look at the data."
             )
-
-
-class StopSignal:
-    """Catches SIGTERM and Ctrl-C while training: the loop finishes its step and saves. A second one stops at
-    once.
-
-    With several processes, jax's preemption service catches SIGTERM on any of them and agrees on one step at
-    which all of them stop; Ctrl-C is handed on to it.
-    """
-
-    def __init__(self) -> None:
-        self._status: int | None = None
-        self._agreed = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignal:
-        if threading.current_thread() is threading.main_thread():
-            alone = jax.process_count() == 1
-            for number in (signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGINT,):
-                self._before[number] = signal.signal(number, self._caught)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
-
-    def _caught(self, number: int, frame: Any) -> None:
-        self._status = 0 if number == signal.SIGTERM else 130
-        self._restore()
-        # Not print: its buffer may be the very thing that was interrupted.
-        os.write(2, b"\nfinishing this step and saving; once more to stop at once\n")
-        if jax.process_count() > 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def is_caught(self) -> bool:
-        """Whether a signal has come, for who need not agree with other processes; with several, False."""
-        return self._status is not None and jax.process_count() == 1
-
-    def requested(self, step: int) -> int | None:
-        """The exit status if the loop is to stop after this step, else None; once agreed, it stays so."""
-        if jax.process_count() == 1:
-            return self._status
-        self._agreed = self._agreed or multihost_utils.reached_preemption_sync_point(step)
-        return (self._status or 0) if self._agreed else None

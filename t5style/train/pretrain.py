@@ -70,6 +70,8 @@ class Pretrain:
       log_every: steps between lines of metrics.
       accumulation: microbatches per step.
       on_nan: 'stop', 'skip' or 'rollback', see `loop.LoopOptions`.
+      profile_steps: (first, last) of the steps to trace for xprof; hang_seconds, on_hang: when it counts as a
+        hang that no step is finished, and whether to 'warn' or 'exit' then. See `loop.LoopOptions`.
       label_smoothing, z_loss: see `losses.cross_entropy`.
       pack: several supervised examples share a row.
       init_from: run folder, checkpoint or Hugging Face directory whose parameters to start from; None for
@@ -98,6 +100,9 @@ class Pretrain:
     log_every: int = _unseen(10)
     accumulation: int = 1
     on_nan: str = "stop"
+    profile_steps: Sequence[int] | None = _unseen(None)
+    hang_seconds: float | None = _unseen(None)
+    on_hang: str = _unseen("warn")
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     pack: bool = True
@@ -148,6 +153,9 @@ class Pretrain:
             eval_every=self.eval_every,
             checkpoint_every=self.checkpoint_every,
             on_nan=self.on_nan,
+            profile_steps=self.profile_steps,
+            hang_seconds=self.hang_seconds,
+            on_hang=self.on_hang,
         )
 
     def inputs(self) -> Sequence[str]:
