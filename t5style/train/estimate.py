@@ -9,9 +9,11 @@ so. Without a slice's name the same is done for this machine's devices, whose co
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import re
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -142,14 +144,15 @@ def estimate(program: TrainingProgram, where: Slice | None) -> Estimate:
     limit = None if where is None else where.chip.usable_hbm_bytes // where.chip.devices
     text, cost, activations = "", None, 0
     try:
-        compiled = program.mesh.compile(lowered)
+        with contextlib.nullcontext() if where is None else _no_program_cache():
+            compiled = program.mesh.compile(lowered)
     except jax.errors.JaxRuntimeError as error:
         peak = _needed(str(error))
         if peak is None:
             raise
     else:
         text = compiled.as_text()
-        peak = _peak(compiled)
+        peak = _peak(compiled, where)
         read = hlo.read_program(text)
         cost = hlo_cost.cost(read, **_speeds(where, mesh))
         activations = _kept(read, abstract, shardings)
@@ -189,12 +192,11 @@ def _speeds(where: Slice | None, mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def _peak(compiled: Any) -> int:
-    """Peak bytes of one device."""
+def _peak(compiled: Any, where: Slice | None) -> int:
+    """Peak bytes of one device. What CPU and GPU compilers call so leaves temporaries out."""
     memory = compiled.memory_analysis()
-    peak = getattr(memory, "peak_memory_in_bytes", 0)
-    if peak:
-        return int(peak)
+    if where is not None:
+        return int(memory.peak_memory_in_bytes)
     kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return int(kept + memory.temp_size_in_bytes)
 
@@ -203,8 +205,21 @@ def _needed(message: str) -> int | None:
     """Bytes that a program would need of which the compiler says that they are not there; None: no such
     message.
     """
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
+    found = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message) or re.search(
+        r"memory required for HLO temporaries \(([\d.]+)([KMGT]?)\)", message
+    )
     return None if found is None else int(float(found[1]) * _UNITS[found[2]])
+
+
+@contextlib.contextmanager
+def _no_program_cache() -> Iterator[None]:
+    """Programs for described devices are not kept: jax could not read them back."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
 
 
 def _kept(read: hlo.Program, abstract: Any, shardings: Any) -> int:

@@ -1,0 +1,178 @@
+"""Plans: the same step that training runs, compiled for this machine and for described TPUs."""
+
+import json
+
+import jax
+import pytest
+
+from t5style.models.presets import PRESETS
+from t5style.parallel import rules, topologies
+from t5style.parallel.mesh import MeshConfig
+from t5style.run_dir import RunDir, UserError
+from t5style.train import plan_search, state
+from t5style.train.estimate import estimate
+from t5style.train.plan import HLO_FILE, PLAN_FILE, Plan
+from t5style.train.plan_search import BEST_FILE, FRONT_FILE, Search
+from t5style.train.program import TrainingProgram
+from tests.train.mesh_run import LENGTH, batch_at
+
+TINY = {"vocab_size": 256, "d_model": 128, "d_ff": 256, "num_heads": 2, "num_kv_heads": 2}
+
+
+def small(**changes):
+    return PRESETS["llama_tiny"](**TINY | {"decoder_layers": 4, "scan_layers": True} | changes)
+
+
+def program(config, mesh=None, rows=8, length=64, **more):
+    mesh = mesh or MeshConfig(fsdp=-1, data=1)
+    lengths = {"decoder": length} | ({"encoder": length} if config.encoder_layers else {})
+    return TrainingProgram(config, lengths, rows, mesh=mesh, **more)
+
+
+@pytest.fixture
+def tpu():
+    pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install 'jax[tpu]'")
+
+
+def test_the_program_is_the_one_that_training_lowers():
+    """Abstract arguments and arrays give the same program."""
+    config = PRESETS["t5_tiny"](vocab_size=64, d_model=16, d_ff=32, num_heads=2, head_dim=8, dtype="float32")
+    made = program(config, MeshConfig(data=2, fsdp=2, tensor=2), length=LENGTH)
+    mesh = made.mesh.build()
+    arrays = {name: rows[:8] % 64 for name, rows in batch_at(0, 0, 1, config.architecture).items()}
+    with rules.use_mesh(mesh, made.rules):
+        start = state.init_state(config, made.transform, mesh, made.rules)
+        key = jax.device_put(jax.random.key(0), made.arguments(mesh)[2].sharding)
+        trained = made.step(mesh).lower(start, rules.put_batch(arrays, mesh), key)
+    assert {name: x.shape for name, x in arrays.items()} == {
+        name: x.shape for name, x in made.arguments(mesh)[1].items()
+    }
+    assert trained.as_text() == made.lower(mesh).as_text()
+
+
+def test_a_plan_for_this_machine(tmp_path):
+    config = small(remat="full")
+    job = Plan(config, {"decoder": 64}, 8, mesh=MeshConfig(fsdp=-1, data=1), tokens=1e6)
+    figures = job(RunDir(tmp_path).create())
+    plan = json.loads((tmp_path / PLAN_FILE).read_text())
+    memory = plan["memory"]
+    assert sum(memory[part] for part in memory if part not in ("peak", "limit")) == memory["peak"]
+    assert plan["step_seconds"] is None
+    assert figures["fits"]
+    assert plan["tokens"] == 8 * 64
+    # The compiler's products are the model's and the recomputed forward pass; on one of eight devices.
+    forward, training = plan["model_flops"] / 3, plan["model_flops"]
+    assert 0.9 * training < 8 * plan["cost"]["flops"] < 1.3 * (training + forward)
+    assert {each["kind"] for each in plan["cost"]["collectives"]} >= {"all-gather", "all-reduce"}
+    assert "HloModule" in (tmp_path / HLO_FILE).read_text()
+    text = (tmp_path / "plan.txt").read_text()
+    assert f"{plan['parameters']:,} parameters" in text
+    assert "estimates no times" in text
+
+
+def test_remat_and_batch_show_in_memory():
+    def kept(remat, rows=64):
+        return estimate(program(small(remat=remat), rows=rows, length=256), None).memory
+
+    full, none = kept("full"), kept("none")
+    assert none.activations > 3 * full.activations > 0
+    assert none.peak > full.peak
+    assert kept("full", 128).activations == pytest.approx(2 * full.activations, rel=0.01)
+    assert full.parameters * 2 <= full.optimizer <= full.parameters * 2 + 64
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"slice": "v5e-255"}, "v5e-256"),
+        ({"slice": "v7x-4"}, "tpu7x"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"tokens": -1.0}, "tokens is -1.0"),
+        ({"chip_hour_price": 0.0}, "chip_hour_price is 0.0"),
+    ],
+)
+def test_bad_values(changes, sentence):
+    given = {"model": small(), "lengths": {"decoder": 64}, "batch_size": 8} | changes
+    with pytest.raises((ValueError, UserError), match=sentence):
+        Plan(**given)
+
+
+def test_a_mesh_that_does_not_divide_is_said_before_anything_is_compiled(tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingProgram, "compile", None)
+    job = Plan(small(), {"decoder": 64}, 9, mesh=MeshConfig(fsdp=-1, data=1))
+    with pytest.raises(ValueError, match="batch of 9 rows"):
+        job(RunDir(tmp_path).create())
+    with pytest.raises(UserError, match="a search needs a slice"):
+        Plan(small(), {"decoder": 64}, 8, search=Search())(RunDir(tmp_path))
+
+
+def test_the_analytic_model_orders_memory_as_the_compiler_does():
+    where = topologies.parse_slice("v5e-8")
+    mesh = MeshConfig(fsdp=8, data=1)
+    guesses = [
+        plan_search.guess(program(small(remat=remat), mesh, rows=64, length=512), where)
+        for remat in ("full", "qkv", "none")
+    ]
+    assert sorted(guesses, key=lambda each: each.memory) == guesses
+    assert sorted(guesses, key=lambda each: -each.seconds) == guesses
+
+
+def test_candidates_divide():
+    where = topologies.parse_slice("v5e-16")
+    knobs = Search(remats=("full", "none"), batch_sizes=(16, 24), accumulations=(1, 2))
+    found = list(knobs.candidates(program(small(), rows=16), where))
+    assert found
+    for each in found:
+        sizes = each.mesh.sizes(16)
+        assert each.batch_size % (sizes["data"] * sizes["fsdp"] * each.accumulation) == 0
+        assert 2 % sizes["tensor"] == 0
+    assert {each.model.remat for each in found} == {"full", "none"}
+    assert {each.batch_size for each in found} == {16, 24}
+
+
+@pytest.mark.tpu_aot
+def test_a_plan_for_a_slice_and_a_search(tpu, tmp_path):
+    run = RunDir(tmp_path).create()
+    knobs = Search(meshes=[MeshConfig(data=1, fsdp=4)], remats=("full", "none"), compiled=2)
+    job = Plan(
+        small(dtype="bfloat16"),
+        {"decoder": 256},
+        16,
+        "v5e-4",
+        tokens=1e9,
+        chip_hour_price=1.2,
+        search=knobs,
+    )
+    figures = job(run)
+    plan = json.loads((tmp_path / PLAN_FILE).read_text())
+    assert 0 < figures["mfu"] < 1
+    assert figures["peak_bytes"] < 16 << 30
+    assert plan["step_seconds"] >= plan["compute_seconds"] > 0
+    assert plan["bill"]["price"] == pytest.approx(
+        1.2 * 4 * 1e9 / plan["tokens"] * plan["step_seconds"] / 3600
+    )
+    front = json.loads((tmp_path / FRONT_FILE).read_text())
+    assert {row["remat"] for row in front} == {"full", "none"}
+    by_remat = {row["remat"]: row for row in front}
+    assert by_remat["none"]["peak_bytes"] > by_remat["full"]["peak_bytes"]
+    assert by_remat["none"]["compute_seconds"] < by_remat["full"]["compute_seconds"]
+    best = (tmp_path / BEST_FILE).read_text()
+    assert "config.TransformerConfig.remat = 'none'" in best
+    assert "mesh.MeshConfig.fsdp = 4" in best
+
+
+@pytest.mark.tpu_aot
+def test_what_does_not_fit_says_what_takes_the_memory_and_what_would_help(tpu, tmp_path):
+    job = Plan(
+        small(dtype="bfloat16", vocab_size=65536, decoder_layers=2),
+        {"decoder": 8192},
+        16,
+        "v5e-1",
+        mesh=MeshConfig(data=1),
+    )
+    with pytest.raises(UserError, match=r"does not fit v5e-1: it needs .* has 15.75 GiB"):
+        job(RunDir(tmp_path).create())
+    text = (tmp_path / "plan.txt").read_text()
+    for words in ("does NOT fit", "accumulation=2", "remat="):
+        assert words in text
+    assert not json.loads((tmp_path / PLAN_FILE).read_text())["fits"]
