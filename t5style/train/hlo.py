@@ -24,6 +24,7 @@ _SHAPE = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,<= ]*)\]")
 _INSTRUCTION = re.compile(r"  +(ROOT )?%?([^\s=]+) = (.*?) ?\b([a-z][a-z0-9\-]*)\(", re.DOTALL)
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _COMPUTATION = re.compile(r"(ENTRY )?%?([^\s(]+) \(.*\) -> .*\{$")
+_MARK = re.compile(r"[{}()\[\],]")
 _REFERENCE = re.compile(r"%([\w.\-]+)")
 
 
@@ -122,17 +123,12 @@ class Instruction:
         match = re.search(rf"(?:^|[ ,]){re.escape(name)}=", self._bare)
         if match is None:
             return None
-        start = end = match.end()
-        depth = 0
-        while end < len(self._bare):
-            character = self._bare[end]
-            if character in "{[(":
-                depth += 1
-            elif character in "}])":
-                depth -= 1
-            elif character == "," and depth == 0:
+        start, end, depth = match.end(), len(self._bare), 0
+        for mark in _MARK.finditer(self._bare, start):
+            if depth == 0 and mark[0] == ",":
+                end = mark.start()
                 break
-            end += 1
+            depth += {"{": 1, "[": 1, "(": 1, ",": 0}.get(mark[0], -1)
         value = self.attributes[start:end].strip()
         return value[1:-1] if value.startswith('"') else value
 

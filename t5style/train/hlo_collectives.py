@@ -3,11 +3,14 @@
 Collectives come as one instruction (`all-gather`), as a pair (`all-gather-start` and `-done`), and on TPU in
 fusions: a reduce-scatter is there a fusion `all-reduce-scatter` of an all-reduce and a slice (which looks
 like an all-reduce to whoever reads only opcodes), and an asynchronous collective may be a fusion that starts
-it, matrix products that carry its steps, and a fusion that ends it, joined by their channel.
+it, matrix products that carry its steps, and a fusion that ends it, joined by their channel. Between slices,
+over the data-centre network, libtpu sends and receives through its hosts (`megascale`); the devices that take
+part are then named within their slice, also by the collectives inside of it.
 
 Times are those of rings, in which every link carries as much: of n devices each sends (n-1)/n of the whole
 array in an all-gather or a reduce-scatter, twice that in an all-reduce, its part to a neighbour in a
-permute, and in an all-to-all (n-1)/n of its part over n/4 links on the average.
+permute (over one link; a bandwidth that is a function can say how fast that is), and in an all-to-all (n-1)/n
+of its part over n/4 links on the average.
 """
 
 from __future__ import annotations
@@ -18,11 +21,14 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
-from t5style.train.hlo import Computation, Instruction, Program
+from t5style.train.hlo import Computation, Instruction, Program, Shape
 
+# What stands for the mesh axis of a collective between slices.
+SLICES = "slices"
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # Bytes a second that a device sends: a number, or a function of kind, mesh axes and size of the group.
 Bandwidth = float | Callable[[str, tuple[str, ...], int], float]
@@ -42,8 +48,8 @@ class Collective:
       op_name: where in the traced program it comes from.
       arrays: what it works on, on one device: of an all-gather its result, else its operands.
       group: devices that take part with each other, 0 if that is not to be read.
-      axes: of the mesh, which these differ in; `?` after a name if it is only a part of that axis. Empty
-        where no mesh was given, or no axes fit.
+      axes: of the mesh, which these differ in; `?` after a name if it is only a part of that axis. SLICES
+        between slices. Empty where no mesh was given, or no axes fit.
       bytes: that a device sends in one run.
       loop: names of the loops that it is in, outermost first.
       times: how often it runs.
@@ -75,23 +81,26 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """What an instruction has to do with a collective: its `phase` is sync, start, step or done."""
+    """What an instruction has to do with a collective.
+
+    `phase` is sync, start, step or done, `inner` the instruction that says what is sent to whom, and `key`
+    joins the parts.
+    """
 
     phase: str
     kind: str
     inner: Instruction
-
-    @property
-    def key(self) -> str:
-        """Joins the parts that are fusions."""
-        return self.inner.attribute("channel_id") or self.inner.name
+    key: str
 
 
 def part_of(program: Program, instruction: Instruction) -> _Part | None:
     """What an instruction has to do with a collective, None if nothing."""
     if match := _OPCODE.fullmatch(instruction.opcode):
         phase = (match[3] or "-sync")[1:]
-        return _Part(phase, match[2], instruction)
+        key = instruction.operands[0] if phase == "done" else instruction.name
+        return _Part(phase, match[2], instruction, key)
+    if instruction.opcode in ("send", "recv-done"):
+        return _between_slices(program, instruction)
     if instruction.opcode not in ("fusion", "async-start", "async-done", "async-update"):
         return None
     return _fused(program, instruction)
@@ -109,12 +118,27 @@ def _fused(program: Program, instruction: Instruction) -> _Part | None:
     if kind == "all-reduce" and "all-reduce-scatter" in inner.computation:
         kind = "reduce-scatter"
     if instruction.opcode != "fusion":
-        return _Part(instruction.opcode.removeprefix("async-").replace("update", "step"), kind, inner)
-    if "AsyncCollectiveStart" in targets:
-        return _Part("start", kind, inner)
-    if "AsyncCollectiveDone" in targets:
-        return _Part("done", kind, inner)
-    return _Part("sync" if instruction.cycles is None else "step", kind, inner)
+        phase = instruction.opcode.removeprefix("async-").replace("update", "step")
+    elif "AsyncCollectiveStart" in targets:
+        phase = "start"
+    elif "AsyncCollectiveDone" in targets:
+        phase = "done"
+    else:
+        phase = "sync" if instruction.cycles is None else "step"
+    return _Part(phase, kind, inner, inner.attribute("channel_id") or inner.name)
+
+
+def _between_slices(program: Program, instruction: Instruction) -> _Part | None:
+    computation = program.computations[instruction.computation]
+    inner = instruction
+    if instruction.opcode == "recv-done":
+        inner = next(iter(computation.operands(instruction)), instruction)
+    notes = dict(re.findall(r'_xla_(\w+)="([^"]*)"', inner.attribute("frontend_attributes") or ""))
+    kind = notes.get("megascale_transfer_type", "").lower().replace("_", "-")
+    if kind not in KINDS:
+        return None
+    phase = "start" if instruction is inner else "done"
+    return _Part(phase, kind, inner, notes.get("host_transfer_rendezvous", inner.name))
 
 
 def is_communication(program: Program, instruction: Instruction) -> bool:
@@ -243,6 +267,15 @@ def collectives_of(
     }
 
 
+def _groups(inner: Instruction, mesh_shape: Mapping[str, int] | None) -> np.ndarray | None:
+    if pairs := inner.attribute("source_target_pairs"):
+        return _permute_groups(pairs)
+    text = inner.attribute("replica_groups") or "{}"
+    if text == "{}" and mesh_shape:
+        return np.arange(math.prod(mesh_shape.values()))[None]
+    return read_groups(text)
+
+
 def _read(
     program: Program,
     instruction: Instruction,
@@ -254,18 +287,22 @@ def _read(
     inner, kind = part.inner, part.kind
     computation = program.computations[inner.computation]
     operands = [shape for each in computation.operands(inner) for shape in each.shapes]
-    if kind == "collective-permute":
-        groups = _permute_groups(inner.attribute("source_target_pairs") or "")
+    slices = re.search(r'megascale_target="\{([\d,]+)\}', inner.attribute("frontend_attributes") or "")
+    if slices or kind == "collective-permute":
         operands = operands[:1]
+    arrays: Sequence[Shape] = operands
+    if kind == "all-gather" and not slices:
+        begun = (
+            len(operands) if inner.opcode.endswith("-start") else 0
+        )  # whose result begins with the operands
+        arrays = inner.shapes[begun : begun + len(operands)]
+    groups = _groups(inner, mesh_shape)
+    if slices:
+        size = len(slices[1].split(","))
+        axes: tuple[str, ...] = (SLICES,)
     else:
-        groups = read_groups(inner.attribute("replica_groups") or "")
-    size = 0 if groups is None else groups.shape[1]
-    if groups is None and mesh_shape and (inner.attribute("replica_groups") or "{}") == "{}":
-        size = math.prod(mesh_shape.values())
-        groups = np.arange(size)[None]
-    arrays = inner.shapes[-len(operands) :] if kind == "all-gather" and part.inner is inner else operands
-    if kind == "all-gather" and inner.opcode.endswith("-start"):
-        arrays = inner.shapes[len(operands) : 2 * len(operands)]
+        size = 0 if groups is None else groups.shape[1]
+        axes = mesh_axes(groups, mesh_shape) if groups is not None and mesh_shape else ()
     return Collective(
         name=instruction.name,
         kind=kind,
@@ -273,23 +310,38 @@ def _read(
         op_name=instruction.op_name or inner.op_name,
         arrays=tuple(str(shape) for shape in arrays),
         group=size,
-        axes=mesh_axes(groups, mesh_shape) if groups is not None and mesh_shape else (),
+        axes=axes,
         bytes=sent_bytes(kind, sum(shape.bytes for shape in operands), size),
         loop=loop,
         times=times,
     )
 
 
+def _links(part: _Part, collective: Collective) -> str:
+    """Names what a collective occupies; those that occupy the same follow each other."""
+    if SLICES in collective.axes:
+        return SLICES
+    return part.inner.attribute("source_target_pairs") or ""
+
+
+_Key = TypeVar("_Key", str, Instruction)
+
+
 @dataclasses.dataclass
 class _Run:
-    """One run of a computation: how long, how long the links are busy, and by collective the seconds of
+    """One run of a computation: how long, how long which links are busy, and by collective the seconds of
     computation that cover it and those that wait for it.
     """
 
     elapsed: float = 0.0
-    busy: float = 0.0
+    busy: dict[str, float] = dataclasses.field(default_factory=dict)
     cover: dict[Instruction, float] = dataclasses.field(default_factory=dict)
     exposed: dict[Instruction, float] = dataclasses.field(default_factory=dict)
+
+    @staticmethod
+    def add(total: dict[_Key, float], which: _Key, seconds: float) -> None:
+        """To what is in a dictionary already."""
+        total[which] = total.get(which, 0.0) + seconds
 
 
 def timeline(
@@ -301,7 +353,8 @@ def timeline(
     """Lays computation and communication beside each other, in the order of the schedule.
 
     Collectives follow each other on the links; the computation waits where one ends that is not done. What
-    is in flight when a loop begins goes on beside it.
+    is in flight when a loop begins goes on beside it. Permutes to different neighbours do not hinder each
+    other, nor do they or what goes between slices hinder other collectives.
 
     Args:
       program: read.
@@ -316,37 +369,41 @@ def timeline(
     @functools.cache
     def run(name: str) -> _Run:
         result = _Run()
-        free = 0.0  # when the links are
+        # By links: when they are free, and the asynchronous collective that then ends.
+        free: dict[str, tuple[float, Instruction | None]] = {}
         flying: dict[str, tuple[Instruction, float, float]] = {}  # key: start, its time, its end
         for each in program.computations[name].instructions:
             part = part_of(program, each)
             if part is not None and part.phase in ("sync", "start"):
+                links = _links(part, found[each])
                 seconds = (found[each].seconds or 0.0) / max(found[each].times, 1)
-                begin, free = result.elapsed, max(free, result.elapsed) + seconds
-                result.busy += seconds
-                if part.phase == "sync":
-                    result.exposed[each] = result.exposed.get(each, 0.0) + free - begin
-                    result.elapsed = free
+                result.add(result.busy, links, seconds)
+                begin, holder = free.get(links, (0.0, None))
+                begin = max(begin, result.elapsed)
+                if part.phase == "start":
+                    flying[part.key] = (each, result.elapsed, begin + seconds)
+                    free[links] = (begin + seconds, each)
                 else:
-                    key = each.name if each.opcode != "fusion" else part.key
-                    flying[key] = (each, begin, free)
-            elif part is not None and part.phase == "done":
-                ended = [key for key in (part.key, *each.operands) if key in flying]
-                if ended:
-                    start, begin, end = flying.pop(ended[0])
-                    result.cover[start] = result.cover.get(start, 0.0) + result.elapsed - begin
-                    result.exposed[start] = result.exposed.get(start, 0.0) + max(0.0, end - result.elapsed)
-                    result.elapsed = max(result.elapsed, end)
+                    result.add(result.exposed, holder or each, begin - result.elapsed)
+                    result.add(result.exposed, each, seconds)
+                    result.elapsed = begin + seconds
+            elif part is not None and part.phase == "done" and part.key in flying:
+                start, begin, end = flying.pop(part.key)
+                result.add(result.cover, start, result.elapsed - begin)
+                result.add(result.exposed, start, max(0.0, end - result.elapsed))
+                result.elapsed = max(result.elapsed, end)
             if part is None or each.cycles is not None:
                 result.elapsed += own_seconds(each)
             for computation, times in runs(each):
                 inner = run(computation.name)
-                free = max(free, result.elapsed) + inner.busy * times
+                for links, seconds in inner.busy.items():
+                    end, holder = free.get(links, (0.0, None))
+                    free[links] = (max(end, result.elapsed) + seconds * times, holder)
+                    result.add(result.busy, links, seconds * times)
                 result.elapsed += inner.elapsed * times
-                result.busy += inner.busy * times
                 for total, one in ((result.cover, inner.cover), (result.exposed, inner.exposed)):
                     for start, seconds in one.items():
-                        total[start] = total.get(start, 0.0) + seconds * times
+                        result.add(total, start, seconds * times)
         return result
 
     whole = run(program.entry)

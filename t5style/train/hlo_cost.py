@@ -147,7 +147,7 @@ def cost(
     hbm_bytes_per_second: float | None = None,
     bandwidth: Bandwidth | None = None,
     mesh_shape: Mapping[str, int] | None = None,
-    attention_fraction: float = 0.5,
+    attention_fraction: hlo_flops.AttentionFraction = 0.5,
     top: int = 20,
 ) -> Cost:
     """Reads the cost of a program.
@@ -160,8 +160,9 @@ def cost(
       bandwidth: bytes/s of a device in one direction, for its collectives: a number or a function of the
         collective's kind, mesh axes and group size; None leaves their times open.
       mesh_shape: size by axis, in the order of the device assignment: names the axes of collectives.
-      attention_fraction: share of the pairs of queries and keys that attention kernels compute: 0.5 if
-        causal, whatever the size of their blocks.
+      attention_fraction: share of the pairs of queries and keys that attention kernels compute, 0.5 if
+        causal (whatever the size of their blocks), or a function of a kernel's op_name, its number of queries
+        and of keys, for programs whose attention is not all of one kind.
       top: how many of the longest instructions to tell.
 
     Raises:
@@ -183,7 +184,7 @@ class _Reader:
         hbm: float | None,
         bandwidth: Bandwidth | None,
         mesh_shape: Mapping[str, int] | None,
-        attention_fraction: float,
+        attention_fraction: hlo_flops.AttentionFraction,
     ) -> None:
         self.program, self.clock, self.peak, self.hbm = program, clock_hz, peak_flops, hbm
         self.bandwidth, self.mesh_shape, self.fraction = bandwidth, mesh_shape, attention_fraction
@@ -199,10 +200,10 @@ class _Reader:
             computation, times, inside = pending.pop()
             visits.append((computation, times, inside))
             for each in computation.instructions:
-                if (one := self.work(each)) is not None:
+                if (own := self.work(each)) is not None:
                     work.append(
                         dataclasses.replace(
-                            one, times=times, seconds=one.seconds * times, flops=one.flops * times
+                            own, times=times, seconds=own.seconds * times, flops=own.flops * times
                         )
                     )
                 if each.opcode == "while":
@@ -212,9 +213,9 @@ class _Reader:
                     below = inside
                 pending.extend((other, times * runs, below) for other, runs in self.runs(each))
         found = collectives_of(self.program, visits, self.mesh_shape, self.bandwidth)
-        for each in found.values():
-            if not each.group:
-                self.warnings[f"Which devices take part in {each.name} is not understood."] = None
+        for one in found.values():
+            if not one.group:
+                self.warnings[f"Which devices take part in {one.name} is not understood."] = None
         exposed = None
         if self.bandwidth is not None:
             exposed, found = timeline(self.program, found, self.own_seconds, self.runs)
@@ -257,7 +258,7 @@ class _Reader:
                 "peak_flops": self.peak,
                 "hbm_bytes_per_second": self.hbm,
                 "bandwidth": self.bandwidth if isinstance(self.bandwidth, int | float) else None,
-                "attention_fraction": self.fraction,
+                "attention_fraction": None if callable(self.fraction) else self.fraction,
             },
             warnings=tuple(self.warnings),
         )

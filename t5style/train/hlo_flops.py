@@ -11,11 +11,15 @@ import functools
 import json
 import math
 import re
+from collections.abc import Callable
 
 import numpy as np
 
 from t5style.train.hlo import Computation, Instruction, Program, Shape
 
+# Share of the pairs of queries and keys that attention computes: 0.5 if causal. Or a function of the kernel's
+# place in the program (`op_name`), its queries and its keys.
+AttentionFraction = float | Callable[[str, int, int], float]
 # Matrix products of splash attention's kernels, for every pair of a query and a key: forward Q·Kᵀ and P·V;
 # backward the first again and what each kernel returns. (jax 0.10, pallas/ops/tpu/splash_attention: dq needs
 # S, dP, dQ; dkv needs S, dV, dP, dK; the fused kernel all five.)
@@ -119,7 +123,7 @@ def _valid_positions(
 
 
 def kernel_flops(
-    computation: Computation, instruction: Instruction, attention_fraction: float
+    computation: Computation, instruction: Instruction, attention_fraction: AttentionFraction
 ) -> tuple[str, float, str] | None:
     """Name, FLOPs and where they come from, of a Pallas kernel for TPU; None if neither the kernel nor its
     author says.
@@ -129,8 +133,8 @@ def kernel_flops(
     Args:
       computation: the one that the kernel's call is in.
       instruction: the call.
-      attention_fraction: share of the pairs of queries and keys that attention computes: its kernel skips
-        blocks that the mask leaves empty, half of them if it is causal.
+      attention_fraction: share of the pairs of queries and keys that attention computes (its kernel skips
+        blocks that the mask leaves empty), or a function that tells it.
     """
     name = kernel_name(instruction)
     if estimate := cost_estimate(instruction):
@@ -162,7 +166,9 @@ def cost_estimate(instruction: Instruction) -> dict[str, int]:
     return {key: int(value) for key, value in json.loads(match[1]).items()} if match else {}
 
 
-def _splash(instruction: Instruction, arrays: list[Shape], fraction: float) -> tuple[float, str] | None:
+def _splash(
+    instruction: Instruction, arrays: list[Shape], share: AttentionFraction
+) -> tuple[float, str] | None:
     """Splash attention (jax.experimental.pallas.ops.tpu and those made after it): Q, K, V are its first
     arrays, [..., length, head_dim].
     """
@@ -182,6 +188,7 @@ def _splash(instruction: Instruction, arrays: list[Shape], fraction: float) -> t
         step = "fused"
     over_keys, over_values = _SPLASH[step]
     pairs = math.prod(query[:-1]) * key[-2]
+    fraction = share(instruction.op_name, query[-2], key[-2]) if callable(share) else share
     flops = 2 * pairs * (over_keys * query[-1] + over_values * value[-1]) * fraction
     products = over_keys + over_values
     return flops, f"{products} products of {query[-2]} queries and {key[-2]} keys × {fraction:g}"
