@@ -1,8 +1,6 @@
 """Traces on request: the files that xprof reads, and nothing else happens to the run."""
 
 import io
-import json
-import pathlib
 import sys
 
 import jax
@@ -39,14 +37,29 @@ def test_the_steps_asked_for_are_traced(tmp_path, store):
     assert [file for file in tmp_path.glob(".*") if "tmp" in file.name] == []
 
 
-def test_every_process_traces_into_one_session(tmp_path, store):
-    fields = {"steps": 4, "checkpoint_every": None, "eval_split": None, "profile_steps": [2, 3]}
-    command = [sys.executable, str(pathlib.Path(tiny_run.__file__)), str(tmp_path), store, json.dumps(fields)]
+def test_every_process_traces_into_one_session(tmp_path):
+    code = f"""if True:
+        import jax, jax.numpy as jnp
+        from t5style import run_dir
+        from t5style.parallel import distributed
+        from t5style.train import profiling
+        assert distributed.initialize()
+        run_dir.set_process(jax.process_index(), distributed.barrier)
+        step = jax.jit(lambda x: x + 1)
+        state = jnp.zeros(3)
+        with profiling.Tracer(run_dir.RunDir({str(tmp_path)!r}), (2, 3)) as tracer:
+            for number in range(1, 5):
+                with tracer.step(number, state):
+                    state = step(state)
+                tracer.finished(number, state)
+        distributed.leave(0)
+    """
     said = io.BytesIO()
-    assert local.run(command, processes=2, devices=1, out=said) == 0, said.getvalue().decode()
+    assert local.run([sys.executable, "-c", code], 2, 1, said) == 0, said.getvalue().decode()
     ((session, files),) = sessions(tmp_path).items()
     assert session == "steps_2-3"
     assert {file[0] for file in files if file.endswith(".xplane.pb")} == {"0", "1"}
+    assert said.getvalue().decode().count("profiled steps 2 to 3") == 1
 
 
 def test_a_stop_in_between_keeps_what_there_is(tmp_path, store):

@@ -57,7 +57,7 @@ def test_signs_of_life_keep_it_silent(tmp_path):
 
 
 def test_limit(tmp_path, monkeypatch):
-    """10 minutes, or ten median steps if that is more; what is before the first step's end may be compiling."""
+    """10 minutes, or ten median steps if that is more; before the first step's end a program may compile."""
     now = [0.0]
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
     dog, strict = (watchdog.Watchdog(run_dir.RunDir(tmp_path), seconds) for seconds in (None, 30))
