@@ -82,7 +82,7 @@ def attention(
     if mesh is not None and mesh.size > 1:
         rows, heads = activation_axes(("batch", "heads"), query.shape[:2])
         ways = math.prod(mesh.shape[axis] for axis in heads)
-        key, value = (_divisible(x, query.shape[1], ways) for x in (key, value))
+        key, value = (divisible(x, query.shape[1], ways) for x in (key, value))
         whole, by_row = PartitionSpec(rows, heads), PartitionSpec(rows)
         run = jax.shard_map(
             run,
@@ -94,15 +94,15 @@ def attention(
     return run(query, key, value, query_segments, key_segments, sinks).swapaxes(1, 2)
 
 
-def _divisible(x: jax.Array, heads: int, ways: int) -> jax.Array:
-    """Keys or values `[batch, kv_heads, ...]`, repeated until they divide as the query heads do."""
-    groups = x.shape[1]
+def divisible(x: jax.Array, heads: int, ways: int, axis: int = 1) -> jax.Array:
+    """Keys or values, repeated along the axis of their heads until they divide as the query heads do."""
+    groups = x.shape[axis]
     if groups % ways == 0:
         return x
     times = next(
         n for n in range(1, heads // groups + 1) if groups * n % ways == 0 and heads % (groups * n) == 0
     )
-    return jnp.repeat(x, times, axis=1)
+    return jnp.repeat(x, times, axis=axis)
 
 
 def local_attention(
@@ -131,58 +131,146 @@ def local_attention(
     Returns:
       `[batch, heads, queries, value_dim]` in query's dtype.
     """
-    batch, heads, queries, _ = query.shape
+    operands = _padded(query, key, value, query_segments, key_segments, blocks)
+    kernel = operands.kernel(masking, softcap)
+    return operands.each_row(kernel)(*operands.arrays, sinks)[:, :, : query.shape[2]]
+
+
+def local_forward(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    query_segments: jax.Array | None,
+    key_segments: jax.Array | None,
+    sinks: jax.Array | None = None,
+    *,
+    masking: Masking,
+    softcap: float | None = None,
+    blocks: AttentionBlocks,
+) -> tuple[jax.Array, jax.Array]:
+    """As local_attention, and the logarithms of the softmax's denominators, f32 `[batch, heads, queries]`.
+
+    For attention to keys in several parts: contexts of the parts are summed with the weights
+    exp(logarithm - logarithm of the sum of all exp(logarithm)). Where a query sees no key of a part, its
+    logarithm is about -2e38. Not differentiable: the gradients of a part are local_backward's.
+    """
+    operands = _padded(query, key, value, query_segments, key_segments, blocks)
+    kernel = operands.kernel(masking, softcap, save_residuals=True)
+    context, (logarithm,) = operands.each_row(kernel)(*operands.arrays, sinks)
+    return context[:, :, : query.shape[2]], logarithm[:, :, : query.shape[2]]
+
+
+def local_backward(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    query_segments: jax.Array | None,
+    key_segments: jax.Array | None,
+    context: jax.Array,
+    logarithm: jax.Array,
+    gradient: jax.Array,
+    *,
+    masking: Masking,
+    softcap: float | None = None,
+    blocks: AttentionBlocks,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of query, key and value, of a part of the keys.
+
+    Args:
+      query, key, value, query_segments, key_segments: as local_forward's.
+      context: of all parts together, `[batch, heads, queries, value_dim]`.
+      logarithm: of all parts together, f32 `[batch, heads, queries]`.
+      gradient: of that context.
+      masking, softcap, blocks: as local_forward's.
+
+    Returns:
+      Arrays like query, key and value.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+
+    operands = _padded(query, key, value, query_segments, key_segments, blocks)
+    kernel = operands.kernel(masking, softcap)
+
+    def row(*arrays: Any) -> tuple[jax.Array, ...]:
+        query, key, value, segments, context, logarithm, gradient = arrays
+        masks = (kernel.dq_mask_info, kernel.dkv_mask_info)
+        residuals = (query, key, value, segments, None, context, logarithm, *masks)
+        found = splash_attention_kernel._splash_attention_bwd(**kernel.kwargs, res=residuals, do=gradient)
+        return tuple(found[3:6])  # before them come those of the masks
+
+    queries = operands.arrays[0].shape[2]
+    given = (_pad(x, 2, queries) for x in (context, logarithm, gradient))
+    by_query, by_key, by_value = jax.vmap(row)(*operands.arrays, *given)
+    return by_query[:, :, : query.shape[2]], by_key[:, :, : key.shape[2]], by_value[:, :, : key.shape[2]]
+
+
+class _Operands(NamedTuple):
+    """What the kernel takes, of lengths that its blocks divide."""
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    segments: Any  # of queries and of keys, or None
+    blocks: AttentionBlocks
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        return self[:4]
+
+    def kernel(self, masking: Masking, softcap: float | None, save_residuals: bool = False) -> Any:
+        """A callable for one row of the batch. (Pallas is imported here: it takes 0.15 s.)"""
+        from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+        heads, queries = self.query.shape[1:3]
+        shape, window = (queries, self.key.shape[2]), masking.window
+        mask: Any
+        if window is not None:
+            mask = splash.LocalMask(shape, (window - 1, 0 if masking.causal else window - 1), offset=0)
+        else:
+            mask = splash.CausalMask(shape) if masking.causal else splash.FullMask(shape)
+        sizes = dataclasses.asdict(self.blocks)
+        for name in ("q_layout", "k_layout", "v_layout"):
+            minor = "HEAD_DIM_MINOR" if sizes[name] == "head_dim_minor" else "SEQ_MINOR"
+            sizes[name] = splash.QKVLayout[minor]
+        if self.blocks.use_fused_bwd_kernel:
+            sizes["block_q_dq"] = sizes["block_kv_dq"] = None
+        return splash.make_splash_mha(
+            splash.MultiHeadMask([mask] * heads),
+            block_sizes=splash.BlockSizes(**sizes),
+            head_shards=1,
+            q_seq_shards=1,
+            attn_logits_soft_cap=softcap,
+            save_residuals=save_residuals,
+            residual_checkpoint_name=None if save_residuals else CONTEXT,
+            interpret=platform.platform() != "tpu",
+        )
+
+    def each_row(self, kernel: Any) -> Any:
+        """The kernel over a batch, of query, key, value, segments and sinks, which all rows share."""
+        return jax.vmap(kernel, in_axes=(0, 0, 0, None if self.segments is None else 0, None))
+
+
+def _padded(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    query_segments: jax.Array | None,
+    key_segments: jax.Array | None,
+    blocks: AttentionBlocks,
+) -> _Operands:
+    batch, _, queries, _ = query.shape
     keys = key.shape[2]
     blocks, padded_queries, padded_keys = blocks.fit(queries, keys)
     if query_segments is None and (queries, keys) != (padded_queries, padded_keys):
         query_segments = jnp.ones((batch, queries), jnp.int32)
         key_segments = jnp.ones((batch, keys), jnp.int32)
-    query = _pad(query, 2, padded_queries)
-    key, value = _pad(key, 2, padded_keys), _pad(value, 2, padded_keys)
-    interpret = platform.platform() != "tpu"
-    kernel = _kernel(heads, padded_queries, padded_keys, masking, softcap, blocks, interpret)
     segments = None
     if query_segments is not None and key_segments is not None:
         from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
         segments = SegmentIds(_pad(query_segments, 1, padded_queries), _pad(key_segments, 1, padded_keys))
-    run = jax.vmap(kernel, in_axes=(0, 0, 0, None if segments is None else 0, None))
-    return run(query, key, value, segments, sinks)[:, :, :queries]
-
-
-def _kernel(
-    heads: int,
-    queries: int,
-    keys: int,
-    masking: Masking,
-    softcap: float | None,
-    blocks: AttentionBlocks,
-    interpret: bool,
-) -> Any:
-    """The kernel for one row of a batch, a callable. (Pallas is imported here: it takes 0.15 s.)"""
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash
-
-    shape, window = (queries, keys), masking.window
-    mask: Any
-    if window is not None:
-        mask = splash.LocalMask(shape, (window - 1, 0 if masking.causal else window - 1), offset=0)
-    else:
-        mask = splash.CausalMask(shape) if masking.causal else splash.FullMask(shape)
-    sizes = dataclasses.asdict(blocks)
-    for name in ("q_layout", "k_layout", "v_layout"):
-        minor = "HEAD_DIM_MINOR" if sizes[name] == "head_dim_minor" else "SEQ_MINOR"
-        sizes[name] = splash.QKVLayout[minor]
-    if blocks.use_fused_bwd_kernel:
-        sizes["block_q_dq"] = sizes["block_kv_dq"] = None
-    return splash.make_splash_mha(
-        splash.MultiHeadMask([mask] * heads),
-        block_sizes=splash.BlockSizes(**sizes),
-        head_shards=1,
-        q_seq_shards=1,
-        attn_logits_soft_cap=softcap,
-        residual_checkpoint_name=CONTEXT,
-        interpret=interpret,
-    )
+    key, value = _pad(key, 2, padded_keys), _pad(value, 2, padded_keys)
+    return _Operands(_pad(query, 2, padded_queries), key, value, segments, blocks)
 
 
 def _pad(x: jax.Array, axis: int, size: int) -> jax.Array:

@@ -9,7 +9,7 @@ import pytest
 
 from t5style.models.attention_layers import Attention
 from t5style.models.config import TransformerConfig
-from t5style.nn import platform
+from t5style.nn import attention_splash, platform
 from t5style.nn.attention import Dropout, attention
 from t5style.nn.positions import rotary_angles
 from t5style.nn.settings import AttentionBlocks
@@ -17,6 +17,7 @@ from t5style.parallel.mesh import MeshConfig
 from t5style.parallel.rules import use_mesh
 
 BLOCKS = AttentionBlocks(*[128] * 8)
+CAUSAL = attention_splash.Masking(causal=True)
 SINKS = jnp.asarray([0.5, 1.0, -1.0, 0.0])
 
 
@@ -97,6 +98,46 @@ def test_bfloat16_and_other_blocks(blocks):
     ours, theirs = (value_and_gradients(name, *arguments, **settings) for name in ("splash", "reference"))
     assert ours["out"].dtype == jnp.bfloat16
     assert_close(ours, theirs, 0.02)
+
+
+def test_parts_of_the_keys_make_the_whole():
+    """As in ring attention: the second queries see the first keys, all of them, and causally the second."""
+    arrays, masks, real = made(256, 256, 2, 16, 16, True)
+    query, key, value = (x.swapaxes(1, 2) for x in arrays.values())  # [batch, heads, length, dim]
+    segments = masks["query_segments"]
+    real = real.swapaxes(1, 2)
+    gradient = jnp.asarray(np.random.default_rng(5).normal(size=query.shape) * real, jnp.float32)
+    settings = {"blocks": BLOCKS, "softcap": 3.0}
+    last = gradient[:, :, 128:]
+
+    @jax.jit
+    def whole(**arrays):
+        run = functools.partial(attention, **masks, causal=True, softcap=3.0, implementation="reference")
+        out, pull = jax.vjp(lambda arrays: run(**arrays), arrays)
+        found = {"out": out, **pull(gradient.swapaxes(1, 2))[0]}
+        return [found[name].swapaxes(1, 2) for name in ("out", "query", "key", "value")]
+
+    @jax.jit
+    def in_parts(query, key, value):
+        queries, ids = query[:, :, 128:], segments[:, 128:]
+        parts = [
+            (
+                (queries, key[:, :, keys], value[:, :, keys], ids, segments[:, keys]),
+                settings | {"masking": masking},
+            )
+            for keys, masking in ((slice(128), attention_splash.Masking()), (slice(128, None), CAUSAL))
+        ]
+        contexts, logarithms = zip(*(attention_splash.local_forward(*a, **b) for a, b in parts), strict=True)
+        total = jnp.logaddexp(*logarithms)
+        context = sum(
+            c * jnp.exp(one - total)[..., None] for c, one in zip(contexts, logarithms, strict=True)
+        )
+        found = [attention_splash.local_backward(*a, context, total, last, **b) for a, b in parts]
+        return context, found[0][0] + found[1][0], *found[1][1:]  # the second keys, which no others see
+
+    for ours, expected in zip(in_parts(query, key, value), whole(**arrays), strict=True):
+        scale = real[:, :, 128:]  # padding's output is unspecified
+        np.testing.assert_allclose(ours * scale, expected[:, :, 128:] * scale, atol=2e-5)
 
 
 def test_padding_is_finite_forwards_and_backwards():
