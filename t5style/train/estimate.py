@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+from etils import epath
 from jax.sharding import Mesh
 
 from t5style.models import params as model_params
@@ -25,7 +26,7 @@ from t5style.parallel import topologies
 from t5style.parallel.topologies import Slice
 from t5style.train import hlo, hlo_cost
 from t5style.train import state as state_lib
-from t5style.train.program import TrainingProgram
+from t5style.train.program import TrainingProgram, save_executable
 
 # What a collective reaches of all links (How To Scale Your Model, part 2: 0.9 on one link).
 _LINK_SHARE = 0.9
@@ -122,8 +123,12 @@ class Estimate:
         }
 
 
-def estimate(program: TrainingProgram, where: Slice | None) -> Estimate:
+def estimate(
+    program: TrainingProgram, where: Slice | None, executable: epath.PathLike | None = None
+) -> Estimate:
     """Compiles the training step for a slice, or for this machine's devices (None), and reads the result.
+
+    executable: where to keep the compiled step.
 
     Raises:
       UserError: libtpu is missing or refuses the slice.
@@ -151,6 +156,8 @@ def estimate(program: TrainingProgram, where: Slice | None) -> Estimate:
         if peak is None:
             raise
     else:
+        if executable is not None:
+            save_executable(compiled, lowered, executable)
         text = compiled.as_text()
         peak = _peak(compiled, where)
         read = hlo.read_program(text)

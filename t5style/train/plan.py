@@ -21,6 +21,7 @@ from t5style.train.program import TrainingProgram
 
 HLO_FILE = "program.hlo.txt"
 PLAN_FILE = "plan.json"
+EXECUTABLE_FILE = "step.executable"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Plan:
       tokens: how many to train on, for time, chip-hours and cost.
       chip_hour_price: of one chip, in any currency; None for no cost.
       search: knobs to try (plan_search.Search); None plans what is given.
+      keep_executable: also write the compiled step, for pretrain.Pretrain.executable.
     """
 
     model: TransformerConfig
@@ -52,6 +54,7 @@ class Plan:
     tokens: float | None = None
     chip_hour_price: float | None = None
     search: Search | None = None
+    keep_executable: bool = False
 
     distributed: ClassVar[bool] = False
 
@@ -100,7 +103,7 @@ class Plan:
         program, found = self.program, []
         if self.search is not None:
             program, found = plan_search.search(self.search, program, where, run)
-        made = estimate(program, where)
+        made = estimate(program, where, run.path / EXECUTABLE_FILE if self.keep_executable else None)
         bill = plan_report.bill(made, where, self.tokens, self.chip_hour_price)
         text = plan_report.report(program, made, where, bill)
         figures = made.to_json() | {"slice": self.slice, "bill": bill}

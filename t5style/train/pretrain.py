@@ -31,7 +31,7 @@ from t5style.train import state as state_lib
 from t5style.train.goodput import Goodput
 from t5style.train.loop import Loop, LoopOptions, Progress
 from t5style.train.optimizer import Optimizer
-from t5style.train.program import TrainingProgram
+from t5style.train.program import TrainingProgram, load_executable
 from t5style.train.step import LanguageModelLoss, make_eval_step
 
 Figures = dict[str, Any]
@@ -70,6 +70,8 @@ class Pretrain:
       log_every: steps between lines of metrics.
       accumulation: microbatches per step.
       on_nan: 'stop', 'skip' or 'rollback', see `loop.LoopOptions`.
+      executable: a compiled step that a plan has kept (plan.Plan.keep_executable), which is run instead of
+        compiling it here; an error if it is of another program.
       profile_steps: (first, last) of the steps to trace for xprof; hang_seconds, on_hang: when it counts as a
         hang that no step is finished, and whether to 'warn' or 'exit' then. See `loop.LoopOptions`.
       label_smoothing, z_loss: see `losses.cross_entropy`.
@@ -100,6 +102,7 @@ class Pretrain:
     log_every: int = _unseen(10)
     accumulation: int = 1
     on_nan: str = "stop"
+    executable: str | None = _unseen(None)
     profile_steps: Sequence[int] | None = _unseen(None)
     hang_seconds: float | None = _unseen(None)
     on_hang: str = _unseen("warn")
@@ -340,7 +343,10 @@ class Pretrain:
         with goodput.timed("compile"):
             example = put(source.batch_at(0, shard, shards))
             lowered = self.program.step(mesh).lower(state, example, key)
-            compiled = self.mesh.compile(lowered)
+            if self.executable is None:
+                compiled = self.mesh.compile(lowered)
+            else:
+                compiled = load_executable(self.executable, lowered, mesh)
         # A process that finds the program in its cache is far ahead; CPU devices wait 30 s for each other.
         run_dir.barrier("training step compiled")
         target = state_lib.with_shardings(abstract, shardings)

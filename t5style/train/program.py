@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import optax
+from etils import epath
+from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
+from t5style import run_dir
 from t5style.data.pipeline import empty_batch
 from t5style.models import params as model_params
 from t5style.models.config import TransformerConfig
@@ -113,3 +118,48 @@ class TrainingProgram:
     def compile(self, mesh: Mesh) -> jax.stages.Compiled:
         """The step compiled for the mesh's devices, with the mesh's compiler options."""
         return self.mesh.compile(self.lower(mesh))
+
+
+def save_executable(compiled: jax.stages.Compiled, lowered: jax.stages.Lowered, path: epath.PathLike) -> None:
+    """Writes a compiled step, with what tells for which program and compiler it was made."""
+    payload, _, _ = serialize_executable.serialize(compiled)
+    head = json.dumps(_identity(lowered)).encode()
+    run_dir.atomic_write(epath.Path(path), len(head).to_bytes(8, "little") + head + payload)
+
+
+def load_executable(path: epath.PathLike, lowered: jax.stages.Lowered, mesh: Mesh) -> Any:
+    """The compiled step that `save_executable` wrote for this program.
+
+    Like any program, it is to be loaded from places that one trusts only.
+
+    Raises:
+      UserError: there is none, or it was made from another program or by another jax.
+    """
+    place = epath.Path(path)
+    if not place.exists():
+        raise run_dir.UserError(
+            f"there is no executable {place}: a plan with keep_executable=True writes one."
+        )
+    data = place.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    try:
+        made = json.loads(data[8 : 8 + size])
+    except ValueError:
+        raise run_dir.UserError(
+            f"{place} is no executable that a plan has written, or it is damaged."
+        ) from None
+    here = _identity(lowered)
+    if different := [name for name in here if here[name] != made.get(name)]:
+        which = different[0]
+        raise run_dir.UserError(
+            f"{place} was made for another {which}: {made.get(which)}, not {here[which]}. Plan again with "
+            "this configuration, or leave the executable out and compile."
+        )
+    return serialize_executable.deserialize_and_load(
+        data[8 + size :], lowered.in_tree, lowered.out_tree, execution_devices=list(mesh.devices.flat)
+    )
+
+
+def _identity(lowered: jax.stages.Lowered) -> dict[str, str]:
+    text = hashlib.sha256(lowered.as_text().encode()).hexdigest()[:16]
+    return {"jax version": jax.__version__, "program": text}

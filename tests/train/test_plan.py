@@ -5,6 +5,7 @@ import json
 import jax
 import pytest
 
+from t5style.data.pipeline import empty_batch
 from t5style.models.presets import PRESETS
 from t5style.parallel import rules, topologies
 from t5style.parallel.mesh import MeshConfig
@@ -13,7 +14,7 @@ from t5style.train import plan_search, state
 from t5style.train.estimate import estimate
 from t5style.train.plan import HLO_FILE, PLAN_FILE, Plan
 from t5style.train.plan_search import BEST_FILE, FRONT_FILE, Search
-from t5style.train.program import TrainingProgram
+from t5style.train.program import TrainingProgram, load_executable
 from tests.train.mesh_run import LENGTH, batch_at
 
 TINY = {"vocab_size": 256, "d_model": 128, "d_ff": 256, "num_heads": 2, "num_kv_heads": 2}
@@ -68,6 +69,28 @@ def test_a_plan_for_this_machine(tmp_path):
     text = (tmp_path / "plan.txt").read_text()
     assert f"{plan['parameters']:,} parameters" in text
     assert "estimates no times" in text
+
+
+def test_an_executable_is_kept_and_run_and_only_for_its_own_program(tmp_path):
+    made = program(small(dtype="float32"), MeshConfig(data=2, fsdp=4))
+    mesh = made.mesh.build()
+    estimate(made, None, tmp_path / "step.executable")
+    with rules.use_mesh(mesh, made.rules):
+        lowered = made.lower(mesh)
+        start = state.init_state(made.model, made.transform, mesh, made.rules)
+        batch = rules.put_batch(empty_batch(8, {"decoder": 64}), mesh)
+        key = jax.device_put(jax.random.key(0), made.arguments(mesh)[2].sharding)
+        loaded = load_executable(tmp_path / "step.executable", lowered, mesh)
+        after, metrics = loaded(start, batch, key)
+    assert int(after.step) == 1
+    assert float(metrics["tokens"][0]) == 0
+    other = program(small(dtype="float32", remat="full"), made.mesh)
+    with pytest.raises(UserError, match="made for another program"):
+        load_executable(tmp_path / "step.executable", other.lower(mesh), mesh)
+    (tmp_path / "broken").write_bytes((tmp_path / "step.executable").read_bytes()[10:50])
+    for path, sentence in (("broken", "no executable that a plan"), ("none", "keep_executable=True")):
+        with pytest.raises(UserError, match=sentence):
+            load_executable(tmp_path / path, lowered, mesh)
 
 
 def test_remat_and_batch_show_in_memory():
