@@ -40,14 +40,14 @@ def execute(job: Any, folder: str, text: ConfigText | None = None) -> dict[str, 
     # A job of one process, started on every host of a slice: process 0 does it, the others wait.
     if distributed or any(sign in os.environ for sign in _CLUSTER_SIGNS) or has_tpu():
         from t5style.parallel import distributed as processes  # imports jax
+        from t5style.parallel import identity
 
         if processes.initialize():
-            import jax
-
-            run_dir.set_process(jax.process_index(), processes.barrier)
+            run_dir.set_process(processes.index(), processes.barrier)
             # All of it: a process that saves at other steps, or elsewhere, would hang the others.
             given = _bare(text.given) if text is not None else []
-            processes.check_same("configuration", run_dir.fingerprint([job, given, folder]))
+            configuration = run_dir.fingerprint([job, given, folder])
+            processes.check_same({"configuration": configuration, **identity.program()})
     run = RunDir(folder)
     with run.lock():
         try:

@@ -465,7 +465,7 @@ def test_processes_must_agree_on_everything_given_and_on_the_folder(tmp_path, mo
     said = []
     monkeypatch.setenv("NUM_PROCESSES", "1")
     monkeypatch.setattr(distributed, "initialize", lambda: True)
-    monkeypatch.setattr(distributed, "check_same", lambda what, value: said.append(value))
+    monkeypatch.setattr(distributed, "check_same", lambda facts: said.append(facts["configuration"]))
     file = gin_file(
         tmp_path, JOB.replace("Write", "Count").replace("text = 'hi'", f"file = '{tmp_path}/test.gin'")
     )

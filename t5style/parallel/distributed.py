@@ -17,6 +17,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import json
 import os
 import re
 import socket
@@ -26,9 +27,7 @@ import urllib.request
 from collections.abc import Mapping
 
 import jax
-import numpy as np
 from jax._src import distributed as coordination  # no public name for the service's barrier
-from jax.experimental import multihost_utils
 
 from t5style.parallel.rendezvous import StartupError, has_tpu, roll_call
 
@@ -37,7 +36,6 @@ TPU_COORDINATOR_PORT = 8482
 _FOREVER = 30 * 24 * 3600 * 1000  # ms
 _GRACE = 10_000  # ms
 _visits: collections.Counter[str] = collections.Counter()
-_FIELD = 256  # bytes of each of the strings that `check_same` exchanges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,9 +109,14 @@ def leave(status: int) -> int:
     os._exit(status)
 
 
+def index() -> int:
+    """The number of this process. `jax.process_index()` would start the devices."""
+    return coordination.global_state.process_id
+
+
 def is_main() -> bool:
     """Whether this is process 0, the one that writes and speaks."""
-    return jax.process_index() == 0
+    return index() == 0
 
 
 def barrier(name: str) -> None:
@@ -123,40 +126,64 @@ def barrier(name: str) -> None:
     (`multihost_utils.sync_global_devices`): CPU devices give up after 30 s, and process 0 may be alone at
     work for hours. A process that dies is noticed by its missing heartbeat, which ends the others too.
     """
-    if jax.process_count() > 1:
+    client = coordination.global_state.client
+    if client is not None:  # there are several processes
         _visits[name] += 1  # the service wants a new name each time
-        client = coordination.global_state.client
-        assert client is not None  # there are several processes, so `initialize` has made it
         client.wait_at_barrier(f"t5style/{name}/{_visits[name]}", _FOREVER)
 
 
-def check_same(what: str, value: str) -> None:
-    """Checks that every process has the same `value`, for example its configuration's fingerprint.
+def check_same(facts: Mapping[str, str]) -> None:
+    """Checks that every process has the same facts, for example {'configuration': its fingerprint}.
+
+    It goes through the coordination service: no device is touched, nothing allocated.
 
     Raises:
-      StartupError: in every process, naming the hosts that differ from process 0.
+      StartupError: in every process, naming the hosts that differ from most (of two groups of one size, from
+        that of the lower process), and in what.
     """
-    if jax.process_count() == 1:
+    client = coordination.global_state.client
+    if client is None:
         return
-    mine = np.zeros((2, _FIELD), np.uint8)  # [host and value, bytes]
-    for row, text in enumerate((socket.gethostname(), value)):
-        data = text.encode()[:_FIELD]
-        mine[row, : len(data)] = np.frombuffer(data, np.uint8)
-    everyone = np.asarray(multihost_utils.process_allgather(mine))  # [processes, 2, bytes]
-    texts = [
-        [bytes(field).rstrip(b"\0").decode(errors="replace") for field in process] for process in everyone
+    _visits["same"] += 1
+    folder = f"t5style/same/{_visits['same']}/"
+    client.key_value_set(
+        f"{folder}{index()}", json.dumps({"host": socket.gethostname(), "facts": dict(facts)})
+    )
+    barrier("same")
+    everyone = {
+        int(key.rsplit("/", 1)[1]): json.loads(text) for key, text in client.key_value_dir_get(folder)
+    }
+    if problem := _disagreement({k: (v["host"], v["facts"]) for k, v in sorted(everyone.items())}):
+        raise StartupError(problem)
+
+
+def _disagreement(everyone: Mapping[int, tuple[str, Mapping[str, str]]]) -> str | None:
+    """Who has other facts than most: process → (host, facts) in order of processes; None if nobody has."""
+    names = list(dict.fromkeys(name for _, facts in everyone.values() for name in facts))
+    odd: dict[int, list[str]] = {}
+    wrong: list[str] = []
+    for name in names:
+        values = {process: facts.get(name, "nothing") for process, (_, facts) in everyone.items()}
+        usual, many = collections.Counter(values.values()).most_common(1)[0]  # the first of equals
+        leader = next(process for process, value in values.items() if value == usual)
+        others = f" and {many - 1} more" if many > 1 else ""
+        for process, value in values.items():
+            if value != usual:
+                wrong.append(name)
+                odd.setdefault(process, []).append(
+                    f"has {name} {value}, where process {leader} on {everyone[leader][0]}{others} has {usual}"
+                )
+    if not odd:
+        return None
+    told = [
+        f"process {process} on {everyone[process][0]} {', and '.join(what)}"
+        for process, what in sorted(odd.items())
     ]
-    differing = [
-        f"process {index} on {host} has {other}"
-        for index, (host, other) in enumerate(texts)
-        if other != texts[0][1]
-    ]
-    if differing:
-        raise StartupError(
-            f"The hosts do not run the same {what}: process 0 on {texts[0][0]} has {texts[0][1]}, but "
-            f"{', '.join(differing[:8])}{' ...' if len(differing) > 8 else ''}. Give every host the same "
-            "code, gin files and flags."
-        )
+    return (
+        f"The hosts do not run the same {' and '.join(dict.fromkeys(wrong))}: {'; '.join(told[:8])}"
+        f"{f'; and {len(told) - 8} processes more' if len(told) > 8 else ''}. "
+        "Give every host the same code, packages, gin files and flags."
+    )
 
 
 def find_cluster() -> Cluster | None:

@@ -1,4 +1,6 @@
 import http.server
+import importlib.metadata
+import io
 import os
 import subprocess
 import sys
@@ -7,7 +9,7 @@ import time
 
 import pytest
 
-from t5style.parallel import distributed
+from t5style.parallel import distributed, identity, local
 from t5style.parallel.distributed import Cluster, StartupError, find_cluster
 from t5style.parallel.local import free_port
 
@@ -34,7 +36,7 @@ def test_one_process_by_itself():
     assert find_cluster() is None
     assert distributed.initialize() is False
     distributed.barrier("alone")
-    distributed.check_same("configuration", "abc")
+    distributed.check_same({"configuration": "abc"})
     assert distributed.is_main()
 
 
@@ -138,8 +140,10 @@ try:
     assert distributed.initialize()
     distributed.barrier("ready")
     distributed.barrier("ready")
-    distributed.check_same("configuration", sys.argv[1])
+    distributed.check_same({"code": "c0de", "configuration": sys.argv[1], "jaxlib": "0.10.2"})
 except distributed.StartupError as error:
+    from jax._src import xla_bridge
+    assert not xla_bridge.backends_are_initialized()
     print(error, file=sys.stderr)
     sys.exit(distributed.leave(1))
 sys.exit(distributed.leave(0))
@@ -174,6 +178,74 @@ def test_hosts_with_different_configurations_are_named():
     for process in processes:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 1
-        assert "do not run the same configuration: process 0 on" in errors
-        assert "has aaaa, but process 1 on" in errors
-        assert "has bbbb" in errors
+        assert "do not run the same configuration: process 1 on" in errors
+        assert "has configuration bbbb, where process 0 on" in errors
+        assert "has aaaa. Give every host the same code" in errors
+
+
+def facts(code="c0de", jaxlib="0.10.2"):
+    return {"code": code, "jaxlib": jaxlib}
+
+
+def test_who_differs_from_most_is_the_odd_one():
+    same = {process: (f"w{process}", facts()) for process in range(4)}
+    assert distributed._disagreement(same) is None
+    # Process 0 may be the one that was forgotten.
+    assert distributed._disagreement(same | {0: ("w0", facts(code="01d"))}) == (
+        "The hosts do not run the same code: process 0 on w0 has code 01d, where process 1 on w1 and 2 more "
+        "has c0de. Give every host the same code, packages, gin files and flags."
+    )
+    several = {1: ("w1", facts(code="01d")), 3: ("w3", facts("01d", "0.9.0"))}
+    said = distributed._disagreement(same | several)
+    assert said.startswith(
+        "The hosts do not run the same code and jaxlib: process 1 on w1 has code 01d, where"
+    )
+    assert "; process 3 on w3 has code 01d, where process 0 on w0 and 1 more has c0de, and has jaxlib" in said
+    # A host whose code is so old that it does not tell.
+    assert "process 2 on w2 has jaxlib nothing" in distributed._disagreement(
+        same | {2: ("w2", {"code": "c0de"})}
+    )
+    many = {process: (f"w{process}", facts(code=str(process))) for process in range(4, 24)}
+    assert "; and 12 processes more. Give" in distributed._disagreement(same | many)
+
+
+def test_identity_of_the_program(tmp_path):
+    for name, text in (("a.py", "one"), ("b/c.py", "two"), ("notes.txt", "three")):
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+    before = identity.sources(tmp_path)
+    identity.sources.cache_clear()
+    (tmp_path / "notes.txt").write_text("other")
+    assert identity.sources(tmp_path) == before
+    identity.sources.cache_clear()
+    (tmp_path / "b" / "c.py").write_text("other")
+    assert identity.sources(tmp_path) != before
+    found = identity.program()
+    assert found["jax"] == importlib.metadata.version("jax")
+    assert found["code"].startswith(importlib.metadata.version("t5style") + "+")
+    assert set(found) >= {"code", "jax", "jaxlib", "libtpu"}
+
+
+def test_hosts_with_different_code_are_named_before_the_run_begins(tmp_path):
+    """The whole command: the second process has a changed source file. Nothing is made, nothing is run."""
+    job = tmp_path / "job.gin"
+    job.write_text(
+        "from __gin__ import dynamic_registration\nfrom t5style import launch\nfrom tests import fake_jobs\n"
+        f"launch.run.job = @fake_jobs.Write()\nfake_jobs.Write.text = 'hi'\n"
+        f"launch.run.run_dir = '{tmp_path}/run'\n"
+    )
+    code = f"""if True:
+        import os, sys
+        from t5style.parallel import identity
+        if os.environ["PROCESS_ID"] == "1":
+            identity.sources = lambda: "0123456789ab"
+        from t5style.main import main
+        sys.exit(main(["t5style", "--gin_file={job}"]))
+    """
+    said = io.BytesIO()
+    assert local.run([sys.executable, "-c", code], 2, 1, said) == 1
+    text = said.getvalue().decode()
+    assert "error: The hosts do not run the same code: process 1 on" in text
+    assert "+0123456789ab, where process 0 on" in text
+    assert not (tmp_path / "run").exists()
