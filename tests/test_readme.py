@@ -72,6 +72,13 @@ RUN = {
         "--gin.WARMUP_STEPS=1",
     ],
     (*MAIN, "--gin_file=experiments/shakespeare_char.gin"): SHAKESPEARE,
+    (*MAIN, "--gin_file=gin/models/llama_small.gin"): [
+        "--gin.TransformerConfig.vocab_size=512",
+        "--gin.TransformerConfig.d_model=128",
+        "--gin.TransformerConfig.d_ff=256",
+        "--gin.TransformerConfig.num_heads=2",
+        "--gin.TransformerConfig.num_kv_heads=2",
+    ],
     (*MAIN, "--gin_file=gin/runs/chat.gin"): [],
     ("XLA_FLAGS=--xla_force_host_platform_device_count=8", *MAIN): [],
     ("python", "experiments/benchmarks/train_step.py"): [
