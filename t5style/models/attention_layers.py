@@ -56,6 +56,7 @@ def projection(
         param_dtype=config.param_dtype,
         precision=config.precision,
         bias=bias,
+        quantized=config.quantized_training,
     )
 
 

@@ -5,13 +5,15 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from t5style.nn import remat as remat_lib
 from t5style.nn.settings import AttentionBlocks, MoE, RopeScaling
 
 ACTIVATIONS = ("relu", "gelu", "gelu_exact", "silu", "silu_1702", "linear", "linear_plus_one")
 POSITIONS = ("relative_bias", "rope", "learned", "none")
 ATTENTIONS = ("auto", "reference", "cpu", "dot_product", "splash")
-REMATS = ("none", "full", "dots", "qkv")
+REMATS = tuple(remat_lib.POLICIES)
 DTYPES = ("bfloat16", "float16", "float32")
+QUANTIZED: tuple[str | None, ...] = (None, "int8", "fp8")
 PRECISIONS = ("default", "high", "highest")
 INITS = ("t5", "normal")
 NORMS = ("rms", "layer")
@@ -117,9 +119,13 @@ class TransformerConfig:
       scan_layers: True scans over the stacked layers (compile time does not grow with depth), False unrolls;
         None chooses by platform. The parameters have the same layout either way.
       remat: what the backward pass recomputes: 'none', 'full' (all of every layer), 'dots' (all but matrix
-        products), 'qkv' (all but the query, key and value projections).
+        products), 'qkv' (all but queries, keys and values) and the other POLICIES of nn/remat.py; or what it
+        keeps, on the device and in the host's memory, 'save:query,key,value;offload:mlp_hidden'.
       dtype, param_dtype: of activations and of parameters. Norms, softmax and logits are float32 whatever
         dtype is.
+      quantized_training: 'int8' or 'fp8': the products of the layers' projections, forwards and backwards,
+        are of 8-bit numbers (nn/quantized_product.py); not those of the embedding, the head, routers and
+        routed experts.
       precision: of matrix products of float32 inputs, as jax.lax.Precision names it (TPU and GPU; no effect
         on CPU).
       init: 't5' (Mesh TensorFlow's scales, see nn/initializers.py) or 'normal' (N(0, init_scale), LLaMA).
@@ -153,6 +159,7 @@ class TransformerConfig:
     dtype: str = "bfloat16"
     param_dtype: str = "float32"
     precision: str = "default"
+    quantized_training: str | None = None
     init: str = "t5"
     init_scale: float = 1.0
     context_length: int | None = None
@@ -223,16 +230,17 @@ class TransformerConfig:
         for field, choices in (
             ("positions", POSITIONS),
             ("attention", ATTENTIONS),
-            ("remat", REMATS),
             ("dtype", DTYPES),
             ("param_dtype", DTYPES),
             ("precision", PRECISIONS),
+            ("quantized_training", QUANTIZED),
             ("init", INITS),
             ("norm", NORMS),
             ("norm_placement", NORM_PLACEMENTS),
             ("query_key_norm", QUERY_KEY_NORMS),
         ):
             _choice(field, getattr(self, field), choices)
+        remat_lib.parse(self.remat)
         self._check_layers()
         if self.positions == "rope":
             if not 0 < self.rope_fraction <= 1:

@@ -350,7 +350,7 @@ class Family:
 # inference).
 _FREE = (
     *("dropout", "attention", "scan_layers", "remat", "dtype", "param_dtype", "precision"),
-    *("init", "init_scale", "context_length"),
+    *("quantized_training", "init", "init_scale", "context_length"),
 )
 
 

@@ -45,7 +45,7 @@ class Mlp(nn.Module):
     def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
         """`[batch, length, embed] -> [batch, length, embed]`."""
         c = self.config
-        inputs = [checkpoint_name(project(x), "mlp_hidden") for project in self.inputs]
+        inputs = [checkpoint_name(project(x), f"mlp_input_{i}") for i, project in enumerate(self.inputs)]
         hidden = activations.hidden(inputs, c.activations, c.mlp_clamp)
         hidden = constrain(hidden, ("batch", "length", "mlp"))
         return self.output(self.dropout(hidden, deterministic=deterministic))
@@ -137,9 +137,10 @@ class Layer(nn.Module):
         if self.config.relative_bias_per_layer and self.config.positions == "relative_bias":
             bias = self.relative_bias.between(x.shape[1], x.shape[1])
         real = None if segments is None else segments != 0
+        x = checkpoint_name(x, "layer_input")
 
         def attend(y: jax.Array) -> jax.Array:
-            return self.attention(
+            y = self.attention(
                 y,
                 y,
                 angles=self._angles(angles),
@@ -149,11 +150,12 @@ class Layer(nn.Module):
                 causal=self.causal,
                 deterministic=deterministic,
             )
+            return checkpoint_name(y, "attention_output")
 
         def attend_across(y: jax.Array) -> jax.Array:
             if encoded is None:
                 raise ValueError("a decoder layer with cross-attention needs the encoder's output")
-            return self.cross_attention(
+            y = self.cross_attention(
                 y,
                 encoded,
                 angles=None,
@@ -163,13 +165,14 @@ class Layer(nn.Module):
                 causal=False,
                 deterministic=deterministic,
             )
+            return checkpoint_name(y, "attention_output")
 
         router = None
 
         def transform(y: jax.Array) -> jax.Array:
             nonlocal router
             y, router = self._mlp(y, deterministic, real, stats)
-            return y
+            return checkpoint_name(y, "mlp_output")
 
         if self.config.parallel_layers:
             both = attend(self.attention_norm(x)) + transform(self.mlp_norm(x))

@@ -10,10 +10,17 @@ from flax import linen as nn
 
 from t5style.nn import platform
 from t5style.nn.parameter import Init, named, zeros
+from t5style.nn.quantized_product import product as quantized_product
 
 
 def project(
-    x: jax.Array, kernel: jax.Array, *, contracted: int = 1, precision: str = "default", out_dtype: Any = None
+    x: jax.Array,
+    kernel: jax.Array,
+    *,
+    contracted: int = 1,
+    precision: str = "default",
+    out_dtype: Any = None,
+    quantized: str | None = None,
 ) -> jax.Array:
     """x times a weight, over the last `contracted` dimensions of x and the first ones of the kernel.
 
@@ -25,6 +32,8 @@ def project(
       contracted: how many dimensions `inner` has.
       precision: as jax.lax.Precision names it.
       out_dtype: of the result; x's by default.
+      quantized: 'int8' or 'fp8': the products, forwards and backwards, are of 8-bit numbers
+        (nn/quantized_product.py).
 
     Returns:
       `[..., *outer]`.
@@ -35,10 +44,13 @@ def project(
         x = x.reshape(math.prod(batch), math.prod(inner))  # [tokens, inner]
         kernel = kernel.reshape(math.prod(inner), math.prod(outer))  # [inner, outer]
         contracted = 1
-    dimensions = tuple(range(x.ndim - contracted, x.ndim)), tuple(range(contracted))
-    product = jax.lax.dot_general(
-        x, kernel, (dimensions, ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )  # [..., *inner] · [*inner, *outer] -> [..., *outer]
+    if quantized is not None:
+        product = quantized_product(x, kernel, contracted, quantized)
+    else:
+        dimensions = tuple(range(x.ndim - contracted, x.ndim)), tuple(range(contracted))
+        product = jax.lax.dot_general(
+            x, kernel, (dimensions, ((), ())), precision=precision, preferred_element_type=jnp.float32
+        )  # [..., *inner] · [*inner, *outer] -> [..., *outer]
     return product.astype(out_dtype or x.dtype).reshape(*batch, *outer)
 
 
@@ -101,6 +113,7 @@ class Projection(nn.Module):
       precision: see project.
       out_dtype: of the result; x's by default.
       bias: whether there is one.
+      quantized: see project.
     """
 
     inner: tuple[int, ...]
@@ -111,6 +124,7 @@ class Projection(nn.Module):
     precision: str = "default"
     out_dtype: str | None = None
     bias: bool = False
+    quantized: str | None = None
 
     def setup(self) -> None:
         dtype = jnp.dtype(self.param_dtype)
@@ -128,6 +142,11 @@ class Projection(nn.Module):
             product = project_int8(x, self.kernel, scale, contracted=contracted, out_dtype=out_dtype)
         else:
             product = project(
-                x, self.kernel, contracted=contracted, precision=self.precision, out_dtype=out_dtype
+                x,
+                self.kernel,
+                contracted=contracted,
+                precision=self.precision,
+                out_dtype=out_dtype,
+                quantized=self.quantized,
             )
         return product + self.offset.astype(product.dtype) if self.bias else product

@@ -6,27 +6,32 @@ from typing import Any, TypeVar
 
 import jax
 
+from t5style.nn import remat as remat_lib
+
 Carry = TypeVar("Carry")
 Output = Any  # what a layer gives beside the carry, a tree of arrays
 # (params, carry, key), and the kind where there are several, to (carry, output)
 Layer = Callable[..., tuple[Carry, Output]]
 
-# Names that layers give (checkpoint_name) to what a policy may keep.
-QKV = ("query", "key", "value")
-
 
 def remat(layer: Layer[Carry], policy: str, *, scanned: bool) -> Layer[Carry]:
-    """The layer, its backward pass recomputing what `policy` does not keep (see TransformerConfig.remat)."""
+    """The layer, its backward pass recomputing what `policy` does not keep (nn/remat.py)."""
     if policy == "none":
         return layer
-    policies = jax.checkpoint_policies
-    kept = {
-        "full": None,
-        "dots": policies.dots_with_no_batch_dims_saveable,
-        "qkv": policies.save_only_these_names(*QKV),
-    }[policy]
+    policies, kept = jax.checkpoint_policies, remat_lib.parse(policy)
+    if kept is None:  # 'dots'
+        keep = policies.dots_with_no_batch_dims_saveable
+    elif kept.offloaded:
+        keep = policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=list(kept.saved),
+            names_which_can_be_offloaded=list(kept.offloaded),
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    else:
+        keep = policies.save_only_these_names(*kept.saved)
     # Inside a scan XLA cannot merge the recomputation with the original; outside it would.
-    return jax.checkpoint(layer, policy=kept, prevent_cse=not scanned)
+    return jax.checkpoint(layer, policy=keep, prevent_cse=not scanned)
 
 
 def unstack(params: Any) -> tuple[Any, ...]:

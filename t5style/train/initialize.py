@@ -22,6 +22,7 @@ _FREE_FIELDS = frozenset(
         "scan_layers",
         "remat",
         "precision",
+        "quantized_training",
         "init",
         "init_scale",
         "context_length",

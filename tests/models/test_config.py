@@ -36,7 +36,7 @@ SMALL = {"vocab_size": 32, "d_model": 16, "d_ff": 32, "num_heads": 4, "decoder_l
         ({"activations": ("gelu", "linear", "relu")}, "must name one activation, or two"),
         ({"activations": ("tanh",)}, "activations = 'tanh' is not one of relu"),
         ({"positions": "absolute"}, "positions = 'absolute' is not one of relative_bias, rope"),
-        ({"remat": "some"}, "remat = 'some' is not one of none, full"),
+        ({"remat": "some"}, "remat = 'some' is not one of full, input_offloaded"),
         ({"dtype": "int8"}, "dtype = 'int8' is not one of"),
         ({"positions": "rope", "head_dim": 3}, "head_dim = 3 must be even"),
         ({"positions": "rope", "rope_theta": 1.0}, "rope_theta = 1.0 must be greater than 1"),
