@@ -15,6 +15,7 @@ from t5style.models.config import TransformerConfig
 from t5style.nn import cache as cache_lib
 from t5style.nn import platform
 from t5style.nn.attention import Dropout, attention, cached_attention
+from t5style.nn.attention_tiles import BiasByDistance
 from t5style.nn.cache import LayerCache
 from t5style.nn.initializers import initializer
 from t5style.nn.norm import Norm
@@ -72,10 +73,12 @@ class Attention(nn.Module):
     Attributes:
       config: the model.
       window: how many tokens a token sees, itself included; None: all.
+      global_tokens: see TransformerConfig.
     """
 
     config: TransformerConfig
     window: int | None = None
+    global_tokens: int = 0
 
     def setup(self) -> None:
         c = self.config
@@ -140,7 +143,7 @@ class Attention(nn.Module):
         source: jax.Array,
         *,
         angles: Angles | None,
-        bias: jax.Array | None,
+        bias: jax.Array | BiasByDistance | None,
         segments: jax.Array | None,
         source_segments: jax.Array | None,
         causal: bool,
@@ -163,6 +166,8 @@ class Attention(nn.Module):
             implementation=c.attention,
             blocks=c.attention_blocks,
             window=self.window,
+            global_tokens=self.global_tokens,
+            sequence=c.sequence_attention,
             **self._settings,
         )
         return self.output(context)
@@ -205,6 +210,7 @@ class LatentAttentionLayer(nn.Module):
 
     config: TransformerConfig
     window: int | None = None
+    global_tokens: int = 0
 
     def setup(self) -> None:
         c, latent = self.config, self.config.latent
@@ -252,7 +258,7 @@ class LatentAttentionLayer(nn.Module):
         source: jax.Array,
         *,
         angles: Angles | None,
-        bias: jax.Array | None,
+        bias: jax.Array | BiasByDistance | None,
         segments: jax.Array | None,
         source_segments: jax.Array | None,
         causal: bool,
@@ -283,6 +289,8 @@ class LatentAttentionLayer(nn.Module):
             blocks=c.attention_blocks,
             precision=c.precision,
             window=self.window,
+            global_tokens=self.global_tokens,
+            sequence=c.sequence_attention,
         )
         return self.output(context)
 
@@ -330,6 +338,8 @@ class LatentAttentionLayer(nn.Module):
         return self.output(context)
 
 
-def attention_layer(config: TransformerConfig, window: int | None) -> Attention | LatentAttentionLayer:
+def attention_layer(
+    config: TransformerConfig, window: int | None, global_tokens: int = 0
+) -> Attention | LatentAttentionLayer:
     """A layer's self-attention."""
-    return (Attention if config.latent is None else LatentAttentionLayer)(config, window)
+    return (Attention if config.latent is None else LatentAttentionLayer)(config, window, global_tokens)

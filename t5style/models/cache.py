@@ -56,7 +56,8 @@ def init_cache(
 
     def slots(kind: LayerKind) -> int:
         # A relative bias is computed for all slots.
-        if chunk is None or kind.attention != "window" or config.positions == "relative_bias":
+        windowed = kind.attention == "chunk" or (kind.attention == "window" and not config.global_tokens)
+        if chunk is None or not windowed or config.positions == "relative_bias":
             return max_length
         return min(max_length, (config.window or 0) + chunk - 1)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from t5style.nn import remat as remat_lib
-from t5style.nn.settings import AttentionBlocks, MoE, RopeScaling
+from t5style.nn.settings import SEQUENCE_ATTENTIONS, AttentionBlocks, MoE, RopeScaling
 
 ACTIVATIONS = ("relu", "gelu", "gelu_exact", "silu", "silu_1702", "linear", "linear_plus_one")
 POSITIONS = ("relative_bias", "rope", "learned", "none")
@@ -18,7 +18,7 @@ PRECISIONS = ("default", "high", "highest")
 INITS = ("t5", "normal")
 NORMS = ("rms", "layer")
 NORM_PLACEMENTS = ("pre", "post", "both", "output")
-LAYER_KINDS = ("full", "window", "full_nope")
+LAYER_KINDS = ("full", "window", "chunk", "full_nope")
 QUERY_KEY_NORMS: tuple[str | None, ...] = (None, "head", "width")
 
 
@@ -82,9 +82,11 @@ class TransformerConfig:
       rope_fraction: the part of head_dim, from its beginning, that is rotated (GPT-NeoX: 0.25).
       rope_scaling: how rotary embeddings are stretched to longer contexts (nn/positions.py).
       layer_pattern: what the self-attention of each layer sees, repeated over the layers: 'full'; 'window',
-        the last `window` tokens only (Mistral; Gemma 2: ('window', 'full')); 'full_nope', all of them without
-        rotary embedding (SmolLM 3).
-      window: how many tokens, itself included, a token of a 'window' layer sees.
+        the last `window` tokens only (Mistral; Gemma 2: ('window', 'full')); 'chunk', those of its own chunk
+        of `window` positions (LLaMA 4); 'full_nope', all of them without rotary embedding (SmolLM 3).
+      window: how many tokens, itself included, a token of a 'window' layer sees, or at most of a 'chunk' one.
+      global_tokens: so many first tokens of each row (which should be one example) are seen by all in
+        'window' layers, and see all, in decoders all before them (Longformer, BigBird).
       rope_local_theta: rope_theta of 'window' layers, which then are not scaled (Gemma 3); None: as others.
       norm: 'rms' or 'layer' (LayerNorm).
       norm_eps: its epsilon.
@@ -116,6 +118,8 @@ class TransformerConfig:
         of every sub-layer and of every stack.
       attention: which implementation (nn/attention.py); 'auto' chooses by platform.
       attention_blocks: tiles of the TPU's kernel.
+      sequence_attention: how attention is computed where the mesh divides sequences: 'gather' (XLA gathers
+        keys), 'ring' or 'ulysses' (nn/attention_sequence.py).
       scan_layers: True scans over the stacked layers (compile time does not grow with depth), False unrolls;
         None chooses by platform. The parameters have the same layout either way.
       remat: what the backward pass recomputes: 'none', 'full' (all of every layer), 'dots' (all but matrix
@@ -154,6 +158,7 @@ class TransformerConfig:
     dropout: float = 0.0
     attention: str = "auto"
     attention_blocks: AttentionBlocks = dataclasses.field(default_factory=AttentionBlocks)
+    sequence_attention: str = "gather"
     scan_layers: bool | None = None
     remat: str = "none"
     dtype: str = "bfloat16"
@@ -172,6 +177,7 @@ class TransformerConfig:
     rope_scaling: RopeScaling | None = None
     layer_pattern: Sequence[str] = ("full",)
     window: int | None = None
+    global_tokens: int = 0
     rope_local_theta: float | None = None
     norm: str = "rms"
     norm_bias: bool = False
@@ -210,6 +216,7 @@ class TransformerConfig:
         _whole("encoder_layers", self.encoder_layers, 0, "0 makes a decoder-only model")
         _whole("decoder_layers", self.decoder_layers, 0, "0 makes an encoder-only model")
         _whole("token_types", self.token_types, 0)
+        _whole("global_tokens", self.global_tokens, 0)
         _whole("classes", self.classes, 0)
         if not self.encoder_layers and not self.decoder_layers:
             raise ValueError("encoder_layers and decoder_layers are both 0: a model needs layers")
@@ -230,6 +237,7 @@ class TransformerConfig:
         for field, choices in (
             ("positions", POSITIONS),
             ("attention", ATTENTIONS),
+            ("sequence_attention", SEQUENCE_ATTENTIONS),
             ("dtype", DTYPES),
             ("param_dtype", DTYPES),
             ("precision", PRECISIONS),
@@ -284,6 +292,12 @@ class TransformerConfig:
                 f"attention = {self.attention!r} cannot drop attention weights (dropout = {self.dropout}): "
                 "use 'auto', or dropout 0"
             )
+        if self.dropout and (self.global_tokens or self.sequence_attention == "ring"):
+            raise ValueError(
+                f"global_tokens = {self.global_tokens}, sequence_attention = {self.sequence_attention!r} and "
+                f"dropout = {self.dropout} do not go together: attention in tiles, which global tokens and a "
+                "ring need, cannot drop its weights"
+            )
 
     def _check_layers(self) -> None:
         """What the layers differ in."""
@@ -291,10 +305,15 @@ class TransformerConfig:
             raise ValueError("layer_pattern is empty: name at least one of " + ", ".join(LAYER_KINDS))
         for kind in self.layer_pattern:
             _choice("layer_pattern", kind, LAYER_KINDS)
-        if ("window" in self.layer_pattern) != (self.window is not None):
+        if bool({"window", "chunk"} & set(self.layer_pattern)) != (self.window is not None):
             raise ValueError(
                 f"window = {self.window} and layer_pattern = {self.layer_pattern} contradict each other: "
-                "layers of kind 'window' need a window, and others have none"
+                "layers of kind 'window' and 'chunk' need a window, and others have none"
+            )
+        if self.global_tokens and "window" not in self.layer_pattern:
+            raise ValueError(
+                f"global_tokens = {self.global_tokens} is for layers of kind 'window': layer_pattern = "
+                f"{self.layer_pattern} has none"
             )
         if "full_nope" in self.layer_pattern and self.positions != "rope":
             raise ValueError(

@@ -10,8 +10,9 @@ from flax import linen as nn
 
 from t5style.models.attention_layers import Angles, norm
 from t5style.models.config import LayerKind, TransformerConfig
-from t5style.models.layers import Layer, relative_bias
+from t5style.models.layers import Layer, relative_bias, self_attention_bias
 from t5style.nn import platform
+from t5style.nn.attention_sparse import chunk_segments
 from t5style.nn.cache import LayerCache, slots_of
 from t5style.nn.moe import RouterStats
 from t5style.nn.parameter import Named, is_named, unbox
@@ -74,8 +75,9 @@ class Stack(nn.Module):
         width, fraction = (c.heads_width, c.rope_fraction) if c.latent is None else (c.latent.rope_dim, 1.0)
         made = {}
         kinds = {kind.attention for _, kind in self.order}
-        if kinds & ({"full"} if c.rope_local_theta else {"full", "window"}):
+        if kinds & ({"full", "chunk"} if c.rope_local_theta else {"full", "chunk", "window"}):
             made["full"] = rotary_angles(positions, width, c.rope_theta, c.rope_scaling, fraction)
+            made["chunk"] = made["full"]
         if "window" in kinds:
             made["window"] = (
                 rotary_angles(positions, width, c.rope_local_theta, None, fraction)
@@ -105,7 +107,7 @@ class Stack(nn.Module):
             positions = jnp.arange(length, dtype=jnp.int32)[None]
         bias = None
         if c.positions == "relative_bias" and not c.relative_bias_per_layer:
-            bias = self.relative_bias.between(length, length)
+            bias = self_attention_bias(c, self.relative_bias, length)
         if encoded is not None and (segments is None) != (encoded_segments is None):
             # One side has no padding: it is all segment 1, which is what an unpacked batch calls its tokens.
             segments = jnp.ones(x.shape[:2], jnp.int32) if segments is None else segments
@@ -116,9 +118,13 @@ class Stack(nn.Module):
             "angles": self._angles(positions),
             "bias": bias,
             "segments": segments,
+            "chunks": None,
             "encoded": encoded,
             "encoded_segments": encoded_segments,
         }
+        if c.window is not None and "chunk" in {kind.attention for _, kind in self.order}:
+            chunks = chunk_segments(segments, positions, c.window)
+            shared["chunks"] = jnp.broadcast_to(chunks, x.shape[:2])
 
         def layer(
             params: Any, state: tuple[jax.Array, Any], key: jax.Array | None, kind: LayerKind
@@ -196,14 +202,19 @@ class Stack(nn.Module):
         slots = slots_valid.shape[1]
 
         @functools.cache
-        def visible(window: bool, size: int) -> jax.Array:
-            """Bool `[batch, tokens, size]`: a token sees real ones up to its own, or those of its window."""
+        def visible(kind: str, size: int) -> jax.Array:
+            """Bool `[batch, tokens, size]`: a token sees real ones up to its own, or those of its window or
+            chunk.
+            """
             held = slots_of(size, slot + x.shape[1] - 1)  # which slot each entry holds
             place = jnp.maximum(held, 0)
             seen = (slots_valid[:, place] & (held >= 0))[:, None, :]
             seen = seen & (held <= slot + jnp.arange(x.shape[1])[:, None])  # [batch, tokens, size]
-            if window and c.window is not None:
-                seen = seen & (positions[:, :, None] - slot_positions[:, None, place] < c.window)
+            own, other = positions[:, :, None], slot_positions[:, None, place]
+            if kind == "window" and c.window is not None:
+                seen = seen & ((own - other < c.window) | (other < c.global_tokens))
+            if kind == "chunk" and c.window is not None:
+                seen = seen & (own // c.window == other // c.window)
             return seen
 
         angles = self._angles(positions)
@@ -220,7 +231,7 @@ class Stack(nn.Module):
                 angles=angles,
                 bias=bias,
                 distances=distances,
-                visible=visible(kind.attention == "window", size),
+                visible=visible(kind.attention, size),
                 encoder_visible=encoder_visible,
                 real=valid,
                 method="step",

@@ -20,7 +20,8 @@ from t5style.models.attention_layers import (
     projection,
 )
 from t5style.models.config import LayerKind, TransformerConfig
-from t5style.nn import activations
+from t5style.nn import activations, attention_sequence
+from t5style.nn.attention_tiles import BiasByDistance
 from t5style.nn.cache import LayerCache
 from t5style.nn.moe import MoeMlp, RouterStats
 from t5style.nn.positions import RelativeBias
@@ -61,7 +62,10 @@ class Layer(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.attention = attention_layer(c, c.window if self.kind.attention == "window" else None)
+        windowed = self.kind.attention in ("window", "chunk")
+        self.attention = attention_layer(
+            c, c.window if windowed else None, c.global_tokens if self.kind.attention == "window" else 0
+        )
         sublayers = ["attention", "mlp"]
         if self.cross:
             self.cross_attention = Attention(c)
@@ -123,8 +127,9 @@ class Layer(nn.Module):
         x: jax.Array,
         *,
         angles: Mapping[str, Angles] | None = None,
-        bias: jax.Array | None = None,
+        bias: jax.Array | BiasByDistance | None = None,
         segments: jax.Array | None = None,
+        chunks: jax.Array | None = None,
         encoded: jax.Array | None = None,
         encoded_segments: jax.Array | None = None,
         deterministic: bool = True,
@@ -135,8 +140,9 @@ class Layer(nn.Module):
         Also the router's statistics, if stats asks for them and the layer has experts.
         """
         if self.config.relative_bias_per_layer and self.config.positions == "relative_bias":
-            bias = self.relative_bias.between(x.shape[1], x.shape[1])
+            bias = self_attention_bias(self.config, self.relative_bias, x.shape[1])
         real = None if segments is None else segments != 0
+        own = chunks if self.kind.attention == "chunk" else segments
         x = checkpoint_name(x, "layer_input")
 
         def attend(y: jax.Array) -> jax.Array:
@@ -145,8 +151,8 @@ class Layer(nn.Module):
                 y,
                 angles=self._angles(angles),
                 bias=bias,
-                segments=segments,
-                source_segments=segments,
+                segments=own,
+                source_segments=own,
                 causal=self.causal,
                 deterministic=deterministic,
             )
@@ -253,3 +259,11 @@ def relative_bias(config: TransformerConfig, causal: bool) -> RelativeBias:
         initializer=init_of(config, "relative_bias"),
         param_dtype=config.param_dtype,
     )
+
+
+def self_attention_bias(
+    config: TransformerConfig, bias: RelativeBias, length: int
+) -> jax.Array | BiasByDistance:
+    """The relative bias of a stack's tokens, by distance where attention is computed in tiles."""
+    tiles = config.global_tokens > 0 or attention_sequence.by_distance(config.sequence_attention, length)
+    return bias.by_distance(length, length) if tiles else bias.between(length, length)

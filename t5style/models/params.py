@@ -87,6 +87,9 @@ def flops_per_example(
             if kind.attention == "window" and config.window is not None and config.window < length:
                 # The first queries see fewer than the window.
                 seen = config.window * (1 - (config.window - 1) / (2 * length)) if causal else config.window
+                seen += min(config.global_tokens, length - config.window) * (1 if causal else 2)
+            elif kind.attention == "chunk" and config.window is not None:
+                seen = min(config.window, length) / (2 if causal else 1)
             elif causal:
                 seen = length / 2
             total += length * (queries + keys + _mlp_weights(config, kind) + seen * per_score)

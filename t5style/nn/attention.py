@@ -7,13 +7,15 @@ implementation can build its masks block by block, and one that cannot honour th
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from t5style.nn import attention_cpu, attention_splash, platform
+from t5style.nn import attention_cpu, attention_sequence, attention_splash, platform
 from t5style.nn.attention_scores import MASKED, Added, Scoring, mask_bias
+from t5style.nn.attention_tiles import BiasByDistance, Pattern
 from t5style.nn.settings import AttentionBlocks
 
 
@@ -34,11 +36,12 @@ def attention(
     key: jax.Array,
     value: jax.Array,
     *,
-    bias: jax.Array | None = None,
+    bias: jax.Array | BiasByDistance | None = None,
     query_segments: jax.Array | None = None,
     key_segments: jax.Array | None = None,
     causal: bool = False,
     window: int | None = None,
+    global_tokens: int = 0,
     scale: float = 1.0,
     softcap: float | None = None,
     sinks: jax.Array | None = None,
@@ -46,6 +49,7 @@ def attention(
     implementation: str = "auto",
     blocks: AttentionBlocks | None = None,
     precision: str = "default",
+    sequence: str = "gather",
 ) -> jax.Array:
     """softmax(scale · query · keyᵀ + bias, over visible keys) · value (Vaswani et al. 2017, equation 1).
 
@@ -53,12 +57,15 @@ def attention(
       query: `[batch, queries, heads, head_dim]`.
       key: `[batch, keys, kv_heads, head_dim]`; head h uses key-value head h // (heads / kv_heads).
       value: `[batch, keys, kv_heads, value_dim]`.
-      bias: f32 `[1 or batch, heads, queries, keys]`, added to the scaled scores.
+      bias: f32 `[1 or batch, heads, queries, keys]`, added to the scaled scores; or one by distance.
       query_segments, key_segments: int32 `[batch, queries]`, `[batch, keys]`: a query sees keys of its own
         segment; 0 is padding, which nothing sees. None: everything is one segment.
       causal: a query sees no key of a later index (only where both sides are the same sequence).
       window: query i sees keys from i - window + 1 on, and unless causal up to i + window - 1 (again of the
         same sequence).
+      global_tokens: with a window: so many first tokens of a row are seen by all, and see all (of their own
+        segment, and if causal, before them), as in Longformer and BigBird. Computed in tiles, on any device
+        (nn/attention_tiles.py), whatever the implementation.
       scale: factor on the scores.
       softcap: scaled scores x become softcap · tanh(x / softcap) (Gemma 2), before bias and masks.
       sinks: f32 `[heads]`: one more score in the softmax, of a key that every query sees and that has no
@@ -67,6 +74,8 @@ def attention(
       implementation: 'reference', 'cpu', 'dot_product', 'splash', or 'auto' (see nn/platform.py).
       blocks: tiles of 'splash'.
       precision: as jax.lax.Precision names it.
+      sequence: what happens where the mesh divides sequences: 'gather', 'ring' or 'ulysses'
+        (nn/attention_sequence.py). A ring has an implementation of its own, in tiles.
 
     Returns:
       `[batch, queries, heads, value_dim]` in value's dtype, which a remat policy may keep under the name
@@ -78,6 +87,50 @@ def attention(
     """
     scoring = Scoring(scale, softcap, precision)
     _check(query, key, value, query_segments, key_segments, causal, window, sinks)
+    pattern = Pattern(causal, window, global_tokens if window is not None else 0)
+    attention_sequence.check(sequence, query.shape[1], key.shape[1], query.shape[2], pattern)
+    divided = attention_sequence.devices(query.shape[1], key.shape[1]) > 1
+    by_heads = divided and sequence == "ulysses"
+    if (divided and sequence == "ring") or (pattern.global_tokens and not by_heads):
+        if dropout is not None or isinstance(bias, jax.Array):
+            what = "drop attention weights" if dropout is not None else "add a bias of every query and key"
+            raise ValueError(
+                f"attention in tiles, as a ring and global tokens need it, cannot {what}: use "
+                "sequence_attention 'gather' or 'ulysses' without global tokens, dropout 0, or a bias by "
+                "distance"
+            )
+        return attention_sequence.ring(
+            query,
+            key,
+            value,
+            bias=bias,
+            query_segments=query_segments,
+            key_segments=key_segments,
+            pattern=pattern,
+            scoring=scoring,
+            sinks=sinks,
+        )
+    if by_heads:
+        return _by_heads(
+            query,
+            key,
+            value,
+            bias,
+            query_segments,
+            key_segments,
+            sinks,
+            dropout,
+            causal=causal,
+            window=window,
+            global_tokens=global_tokens,
+            scale=scale,
+            softcap=softcap,
+            implementation=implementation,
+            blocks=blocks,
+            precision=precision,
+        )
+    if isinstance(bias, BiasByDistance):
+        bias = bias.dense(query.shape[1], key.shape[1])
     refusal = attention_splash.refusal(
         query, key, value, bias=bias is not None, dropout=dropout is not None, precision=precision
     )
@@ -135,6 +188,38 @@ def attention(
     added = Added(bias, masked, sinks)
     context = _IMPLEMENTATIONS[implementation](query, key, value, added, scoring, dropout)
     return checkpoint_name(context, attention_splash.CONTEXT)
+
+
+def _by_heads(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | BiasByDistance | None,
+    query_segments: jax.Array | None,
+    key_segments: jax.Array | None,
+    sinks: jax.Array | None,
+    dropout: Dropout | None,
+    **settings: Any,
+) -> jax.Array:
+    """Attention with heads divided over the mesh axis `sequence`, each device calling `attention`."""
+
+    def local(*arrays: jax.Array, random: jax.Array | None, **others: Any) -> jax.Array:
+        own = None if random is None or dropout is None else Dropout(dropout.rate, random)
+        if isinstance(bias, BiasByDistance):
+            others["bias"] = BiasByDistance(others["bias"])
+        return attention(*arrays, dropout=own, **others, **settings)
+
+    return attention_sequence.ulysses(
+        query,
+        key,
+        value,
+        bias=bias,
+        query_segments=query_segments,
+        key_segments=key_segments,
+        sinks=sinks,
+        random=None if dropout is None else dropout.key,
+        local=local,
+    )
 
 
 def _check(

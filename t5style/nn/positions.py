@@ -9,6 +9,7 @@ import numpy as np
 from flax import linen as nn
 
 from t5style.nn import platform
+from t5style.nn.attention_tiles import BiasByDistance
 from t5style.nn.parameter import Init, named
 from t5style.nn.settings import RopeScaling
 
@@ -76,16 +77,12 @@ class RelativeBias(nn.Module):
         result is a window of them; the gradient is then a sum over windows and not a scatter of queries ×
         keys updates.
         """
-        width = queries + keys
-        line = self._values(
-            jnp.arange(width, dtype=jnp.int32) - (queries - 1)
-        ).T  # [heads, width], last one unused
-        # Repeating the line and cutting it into rows one shorter than itself shifts each row by one.
-        rows = jnp.broadcast_to(line[:, None, :], (self.heads, queries, width)).reshape(
-            self.heads, queries * width
-        )
-        rows = rows[:, : queries * (width - 1)].reshape(self.heads, queries, width - 1)
-        return rows[None, :, :, queries - 1 :]  # [1, heads, queries, keys]
+        return self.by_distance(queries, keys).dense(queries, keys)
+
+    def by_distance(self, queries: int, keys: int) -> BiasByDistance:
+        """The same, from which implementations make the parts that they need."""
+        distances = jnp.arange(queries + keys - 1, dtype=jnp.int32) - (queries - 1)
+        return BiasByDistance(self._values(distances).T)  # [heads, queries + keys - 1]
 
     def at(self, query_positions: jax.Array, key_positions: jax.Array) -> jax.Array:
         """Bias for int32 `[batch, queries]` and `[batch, keys]`: f32 `[batch, heads, queries, keys]`."""

@@ -11,6 +11,7 @@ ROPE_SCALINGS = ("linear", "llama3", "yarn", "longrope")
 ROUTERS = ("softmax", "sigmoid")
 GROUP_SCORES = ("max", "top2")
 KERNEL_LAYOUTS = ("head_dim_minor", "sequence_minor")
+SEQUENCE_ATTENTIONS = ("gather", "ring", "ulysses")
 LANES = 128  # of a TPU's vector registers: tiles of an attention kernel are multiples of it
 
 

@@ -19,7 +19,7 @@ SMALL = {"vocab_size": 32, "d_model": 16, "d_ff": 32, "num_heads": 4, "decoder_l
         ({"decoder_layers": -1}, "decoder_layers = -1 must be a whole number of at least 0"),
         ({"window": 4}, "window = 4 and layer_pattern = .* contradict"),
         ({"layer_pattern": ("window",)}, "window = None and layer_pattern = .* contradict"),
-        ({"layer_pattern": ("half",)}, "layer_pattern = 'half' is not one of full, window, full_nope"),
+        ({"layer_pattern": ("half",)}, "layer_pattern = 'half' is not one of full, window, chunk, full_nope"),
         ({"layer_pattern": ()}, "layer_pattern is empty"),
         ({"layer_pattern": "full_nope"}, "positions must be 'rope'"),
         ({"moe_layers": (0,)}, "moe_layers = .0,. needs moe"),
