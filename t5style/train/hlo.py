@@ -201,9 +201,9 @@ class Program:
     entry: str
 
     @functools.cached_property
-    def has_cycles(self) -> bool:
-        """Whether the compiler has written its estimates into it (TPU)."""
-        return any(each.cycles is not None for each in self.instructions())
+    def for_tpu(self) -> bool:
+        """Whether TPU's compiler made it, which writes estimates and tiled layouts into it."""
+        return any(each.cycles is not None or ":T(" in each.type for each in self.instructions())
 
     def instructions(self) -> Iterator[Instruction]:
         """All, also those inside of fusions."""

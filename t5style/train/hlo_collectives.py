@@ -151,21 +151,31 @@ def read_groups(text: str) -> np.ndarray | None:
     """`replica_groups` as an array [groups, devices of a group], None if empty, ragged or not understood.
 
     Lists `{{0,1},{2,3}}`, iotas `[2,4]<=[4,2]T(1,0)` and meshes `mesh['a'=2,'b'=4] {'b'}`, of whose axes
-    parts are written `'b':(2)2`, the 2 after the first 2.
+    parts are written `'b':(2)2`, the 2 after the first 2, and whose devices may be in another order,
+    `mesh['b'=4,'a'=2], device_ids=([2,4]T(1,0)) {'b'}`.
     """
-    if match := re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        shape, dims, order = (
-            [int(number) for number in group.split(",")] if group else None for group in match.groups()
-        )
-        devices = np.arange(math.prod(dims or ())).reshape(dims)
-        return (devices.transpose(order) if order else devices).reshape(shape)
-    if match := re.match(r"mesh\[([^\]]*)\]\s*\{([^}]*)\}$", text):
-        return _mesh_groups(match[1], match[2])
+    if match := re.match(r"\[([\d,]+)\]<=(\[.*)", text):
+        devices = _device_order(match[2])
+        return None if devices is None else devices.reshape([int(size) for size in match[1].split(",")])
+    if match := re.match(r"mesh\[([^\]]*)\](?:, device_ids=\((.*)\))? \{([^}]*)\}$", text):
+        devices = _device_order(match[2] or "")
+        groups = _mesh_groups(match[1], match[3])
+        return groups if devices is None or groups is None else devices.ravel()[groups]
     if text.startswith("{"):
-        groups = [[int(number) for number in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", text)]
-        if groups and len({len(group) for group in groups}) == 1:
-            return np.array(groups)
+        lists = [[int(number) for number in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", text)]
+        if lists and len({len(group) for group in lists}) == 1:
+            return np.array(lists)
     return None
+
+
+def _device_order(text: str) -> np.ndarray | None:
+    """Devices counted in rows of a shape and read along its axes in another order: `[2,4]T(1,0)`."""
+    match = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if match is None:
+        return None
+    dims = [int(size) for size in match[1].split(",")]
+    devices = np.arange(math.prod(dims)).reshape(dims)
+    return devices.transpose([int(axis) for axis in match[2].split(",")]) if match[2] else devices
 
 
 def _mesh_groups(mesh: str, axes: str) -> np.ndarray | None:
@@ -270,7 +280,9 @@ def collectives_of(
 def _groups(inner: Instruction, mesh_shape: Mapping[str, int] | None) -> np.ndarray | None:
     if pairs := inner.attribute("source_target_pairs"):
         return _permute_groups(pairs)
-    text = inner.attribute("replica_groups") or "{}"
+    # Of a mesh the value goes on behind a comma.
+    mesh = re.search(r"replica_groups=(mesh\[.*?\](?:, device_ids=\(.*?\))? \{[^}]*\})", inner.attributes)
+    text = mesh[1] if mesh else inner.attribute("replica_groups") or "{}"
     if text == "{}" and mesh_shape:
         return np.arange(math.prod(mesh_shape.values()))[None]
     return read_groups(text)

@@ -229,7 +229,7 @@ class _Reader:
         exposed: float | None,
         top: int,
     ) -> Cost:
-        costed = self.program.has_cycles
+        costed = self.program.for_tpu
         if not costed:
             self.warnings["The compiler gives no estimates of time in this program (only TPU's does)."] = None
         counted = [each for each in work if each.note != _UNCOUNTED]
@@ -338,13 +338,18 @@ class _Reader:
             flops=flops,
             bytes=_bytes(instruction),
         )
-        if flops and "ragged_dot" in instruction.op_name:
-            # The compiler's cycles for it are those of all rows for each group, or its largest number.
+        if flops and hlo_flops.is_ragged(instruction):
+            # The compiler's cycles are those of all rows for each group and more, or its largest number.
+            cycles = f"{one.seconds:.3g} s" if instruction.cycles else "without end"
+            self.warnings[
+                f"{instruction.name} ({instruction.op_name}) is counted as {flops / self.peak:.3g} s a run, "
+                f"its FLOPs at peak; the compiler's estimate is {cycles}."
+            ] = None
             return dataclasses.replace(
                 one, category="kernel", seconds=flops / self.peak, note="FLOPs at peak: rows × in × out"
             )
         if instruction.cycles is None:
-            if flops and self.program.has_cycles:
+            if flops and self.program.for_tpu:
                 self.warnings[f"{instruction.name} has no estimate: its FLOPs are counted at peak."] = None
                 return dataclasses.replace(one, seconds=flops / self.peak, note="FLOPs at peak")
             moved = 0.0 if self.hbm is None else one.bytes / self.hbm

@@ -29,16 +29,26 @@ _SPLASH = {"fwd": (1, 1), "dq": (2, 1), "dkv": (2, 2), "fused": (3, 2)}  # over 
 def instruction_flops(program: Program, instruction: Instruction) -> float:
     """FLOPs of one run of an instruction: of a fusion, of what is in it; 0 where nothing is multiplied."""
     if instruction.opcode == "fusion" or " calls=" in instruction.attributes:
-        return float(sum(_own_flops(program, each) for each in program.inside(instruction)))
+        ragged = is_ragged(instruction)
+        return float(sum(_own_flops(program, each, ragged) for each in program.inside(instruction)))
     return float(_own_flops(program, instruction))
 
 
-def _own_flops(program: Program, instruction: Instruction) -> int:
+def is_ragged(instruction: Instruction) -> bool:
+    """Whether a fusion is `lax.ragged_dot` that knows where the groups begin.
+
+    It is written as one product of all rows for each group, of which a row's own is kept. (The compiler also
+    makes masked products of ragged_dot that do run once for each group, and kernels.)
+    """
+    return "ragged_dot" in instruction.op_name and instruction.attribute("kind") == "kCustom"
+
+
+def _own_flops(program: Program, instruction: Instruction, ragged: bool = False) -> int:
     computation = program.computations[instruction.computation]
     if instruction.opcode == "dot":
         return _dot(computation, instruction)
     if instruction.opcode == "convolution":
-        return _convolution(computation, instruction)
+        return _convolution(computation, instruction, ragged)
     if instruction.opcode == "custom-call" and "$gemm" in (instruction.attribute("custom_call_target") or ""):
         return _library_product(computation, instruction)
     return 0
@@ -70,7 +80,7 @@ def _library_product(computation: Computation, instruction: Instruction) -> int:
     return 2 * instruction.shapes[0].elements * math.prod(left.dims[dim] for dim in _numbers(match[1]))
 
 
-def _convolution(computation: Computation, instruction: Instruction) -> int:
+def _convolution(computation: Computation, instruction: Instruction, ragged: bool) -> int:
     left, right = _shape(computation, instruction, 0), _shape(computation, instruction, 1)
     labels = re.fullmatch(r"(\w+)_(\w+)->(\w+)", instruction.attribute("dim_labels") or "")
     if left is None or right is None or labels is None:
@@ -100,10 +110,7 @@ def _convolution(computation: Computation, instruction: Instruction) -> int:
             int(of("lhs_dilate", "1")),
             int(of("rhs_dilate", "1")),
         )
-    if "ragged_dot" in instruction.op_name and "0" in size_of[0]:
-        # Written as one product of all rows for each group, of which a row's own is kept; run, it is one.
-        flops //= size_of[0]["0"]
-    return flops
+    return flops // size_of[0].get("0", 1) if ragged else flops
 
 
 @functools.cache
@@ -144,6 +151,8 @@ def kernel_flops(
     if "splash" in name:
         found = _splash(instruction, arrays, attention_fraction)
         return (name, *found) if found else None
+    if name == "ragged-dot-metadata":  # where the groups begin, for the kernel that multiplies
+        return name, 0.0, "no products"
     if re.search(r"t?gmm", name):
         shapes = [*arrays[:2], instruction.shapes[0]]
         return name, _grouped(shapes), "rows × in × out"
