@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import pathlib
 import traceback
 import types
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,10 @@ from t5style.run_dir import RunDir, UserError
 CONFIG = "config.gin"
 OPERATIVE = "operative_config.gin"
 ERROR = "error.txt"
+
+# Environment variable: a file that every process makes when all is done, and not when it was stopped (which
+# ends with status 0 too). By it a script knows whether to start the same command again.
+DONE_FILE = "T5STYLE_DONE_FILE"
 
 # Signs in the environment that this process is one of several (what they mean: parallel/distributed.py).
 _CLUSTER_SIGNS = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "TPU_WORKER_ID", "MEGASCALE_COORDINATOR_ADDRESS")
@@ -66,6 +71,8 @@ def execute(job: Any, folder: str, text: ConfigText | None = None) -> dict[str, 
             raise
         if run_dir.is_main_process() and (run.path / ERROR).exists():
             (run.path / ERROR).unlink()
+    if done_file := os.environ.get(DONE_FILE):
+        pathlib.Path(done_file).touch()
     say(f"Done. Everything is in {run.path}")
     return figures
 
