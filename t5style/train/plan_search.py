@@ -16,6 +16,7 @@ from typing import Any
 from t5style import console, run_dir
 from t5style.models import params as model_params
 from t5style.models.config import TransformerConfig
+from t5style.nn import remat
 from t5style.nn.settings import AttentionBlocks
 from t5style.parallel.explain import format_bytes
 from t5style.parallel.mesh import AXES, MeshConfig
@@ -62,7 +63,7 @@ class Search:
         """All combinations whose sizes divide."""
         meshes = self.meshes or list(divisions(where))
         options = self.compiler_options or [program.mesh.compiler_options]
-        for mesh, option, remat, rows, accumulation, blocks in itertools.product(
+        for mesh, option, policy, rows, accumulation, blocks in itertools.product(
             meshes,
             options,
             self.remats or [program.model.remat],
@@ -71,7 +72,7 @@ class Search:
             self.attention_blocks or [program.model.attention_blocks],
         ):
             sizes = mesh.sizes(where.num_devices)
-            model = program.model.replace(remat=remat, attention_blocks=blocks)
+            model = program.model.replace(remat=policy, attention_blocks=blocks)
             if rows % (sizes["data"] * sizes["fsdp"] * accumulation) or not _divides(model, sizes):
                 continue
             yield dataclasses.replace(
@@ -126,18 +127,21 @@ def guess(program: TrainingProgram, where: Slice) -> Guess:
     parameters = model_params.count_params(model)
     shards = math.prod(sizes[axis] for axis in ("fsdp", "tensor", "expert", "stage"))
     width, heads = model.d_model, model.num_heads * model.heads_width
-    kept = {
+    hidden = model.moe.per_token * model.moe.d_ff if model.moe else model.d_ff
+    sizes_of = {
+        "layer_input": width,
         "query": heads,
         "key": model.kv_heads * model.heads_width,
         "value": model.kv_heads * model.heads_width,
         "attention_context": heads,
-        "mlp_hidden": len(model.activations) * model.d_ff,
-    }
-    layer = width * 8 + 4 * heads + 3 * model.d_ff * len(model.activations)
-    names = {"none": tuple(kept), "dots": tuple(kept), "qkv": ("query", "key", "value"), "full": ()}.get(
-        model.remat, tuple(name for name in kept if name in model.remat)
-    )
-    stored = width + sum(kept[name] for name in names)
+        "attention_output": width,
+        "mlp_output": width,
+    } | {f"mlp_input_{i}": hidden for i in range(len(model.activations))}
+    layer = width * 8 + 4 * heads + 3 * hidden * len(model.activations)
+    policy = remat.parse(model.remat)
+    saved = set(sizes_of) if policy is None else {"layer_input", *policy.saved} - set(policy.offloaded)
+    known = saved if policy is None else saved | set(policy.offloaded)  # not computed again
+    stored = sum(size for name, size in sizes_of.items() if name in saved)
     layers = model.encoder_layers + model.decoder_layers
     itemsize = 2 if model.dtype == "bfloat16" else 4
     optimizer = 8 if program.optimizer.name == "adamw" else 1
@@ -145,7 +149,8 @@ def guess(program: TrainingProgram, where: Slice) -> Guess:
     memory += tokens * itemsize * (layers * stored + layer) / sizes["tensor"] / sizes["stage"]
     memory += tokens * model.vocab_size * 6 / sizes["tensor"]
     flops = program.flops_per_token() * program.batch_size * length / where.num_devices
-    again = 1 - sum(kept[name] for name in names) / sum(kept.values())  # of the forward pass
+    made = {name: size for name, size in sizes_of.items() if name != "layer_input"}
+    again = 1 - sum(size for name, size in made.items() if name in known) / sum(made.values())
     compute = flops * (1 + again / 3) / (chip.bf16_flops / chip.devices) / _PRODUCT_SHARE
     gathered = 3 * 2 * parameters / sizes["tensor"] / sizes["expert"] * program.accumulation
     moved = gathered if sizes["fsdp"] > 1 else 0.0
