@@ -1,6 +1,7 @@
 """The TPU's kernel, interpreted, against the reference; and compiled for a described TPU."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -277,3 +278,18 @@ def test_it_compiles_for_a_tpu_without_scores(monkeypatch, width, value_width, s
     for kernel in ("fwd", "dkv") + (() if "blocks" in settings else ("dq",)):
         assert f"splash_mha_{kernel}_segmented" in text
     assert f"{length},{length}]" not in text
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize(("kept", "times"), [((), 2), ((attention_splash.CONTEXT,), 1)])
+def test_a_remat_policy_may_keep_what_the_backward_kernels_need(monkeypatch, kept, times):
+    spec = jax.sharding.PartitionSpec(("data", "fsdp"), None, "tensor")
+    policy = jax.checkpoint_policies.save_only_these_names(*kept)
+
+    def run(query, key):
+        f = jax.checkpoint(functools.partial(attention, causal=True, blocks=BLOCKS), policy=policy)
+        return jax.value_and_grad(lambda query, key: f(query, key, key).astype(jnp.float32).sum())(query, key)
+
+    shape = (4, 128, 4, 128), jnp.bfloat16, spec
+    text = compiled_for_tpu(monkeypatch, run, shape, shape)
+    assert len(re.findall(r"%splash_mha_fwd\S* = .* custom-call\(", text)) == times
