@@ -68,12 +68,15 @@ def test_a_recipe_compiles_the_training_step(name):
     mesh = config.build(topologies.devices(parse_slice(where)))
     assert {axis: mesh.shape[axis] for axis in AXES if mesh.shape[axis] > 1} == sizes
     model = MIXTURE if "expert" in sizes else DENSE
+    if "sequence" in sizes:
+        model = model.replace(sequence_attention="ring")
     program = TrainingProgram(model, {"decoder": 16}, batch_size=16, mesh=config, steps=10)
     compiled = program.compile(mesh)
     text = compiled.as_text()
     assert compiled.memory_analysis().peak_memory_in_bytes < parse_slice(where).chip.usable_hbm_bytes
     assert ("all-reduce" in text) == bool(sizes)
     assert ("all-gather" in text) == ("fsdp" in sizes)
+    assert ("collective-permute" in text) or not sizes.keys() & {"sequence", "stage"}
 
 
 @pytest.mark.tpu_aot
