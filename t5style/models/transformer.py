@@ -12,6 +12,7 @@ from t5style.models.encoder_heads import EncoderHeads
 from t5style.models.layer_stack import Stack
 from t5style.nn.cache import LayerCache
 from t5style.nn.moe import RouterStats
+from t5style.nn.embedding import lookup
 from t5style.nn.parameter import named
 from t5style.nn.projection import Projection, project, project_int8
 from t5style.parallel.rules import constrain
@@ -84,7 +85,7 @@ class Transformer(nn.Module):
         """int32 `[batch, length]` of each -> `[batch, length, embed]`."""
         c = self.config
         dtype = jnp.dtype(c.dtype)
-        x = jnp.take(self.embedding, tokens, axis=0, mode="clip").astype(dtype)
+        x = lookup(self.embedding, tokens, dtype)
         if self.embedding.dtype == jnp.int8:
             scale = jnp.take(self._embedding_scale, tokens, axis=0, mode="clip")
             x = x * scale[..., None].astype(dtype)

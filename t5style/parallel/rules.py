@@ -289,6 +289,12 @@ def current_mesh() -> Mesh | None:
     return None if context is None else context[0]
 
 
+def current_rules() -> Rules:
+    """The rules of the enclosing `use_mesh`, or the defaults."""
+    context = _context.value
+    return Rules() if context is None else context[1]
+
+
 def constrain(x: jax.Array, logical_axes: LogicalAxes) -> jax.Array:
     """Says how an activation is divided: one logical axis name (or None) per dimension of `x`.
 
