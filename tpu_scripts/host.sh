@@ -43,7 +43,7 @@ act() {
 setup() {
   if [ "$DRY_RUN" = no ] && running; then fail "the job is running; stop.sh first"; fi
   act rm -rf "$CODE" "$STATE"
-  act git clone --quiet "$UPLOAD/code.bundle" "$CODE"
+  act git -c advice.detachedHead=false clone --quiet "$UPLOAD/code.bundle" "$CODE"
   if [ "$DRY_RUN" = yes ] || [ -s "$UPLOAD/code.patch" ]; then
     act git -C "$CODE" apply "$UPLOAD/code.patch"
   fi
