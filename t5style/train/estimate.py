@@ -187,16 +187,29 @@ def estimate(
 
 def _speeds(where: Slice | None, mesh: Mesh) -> dict[str, Any]:
     """What hlo_cost.cost assumes of the devices."""
+    known = {"mesh_shape": dict(mesh.shape), "attention_fraction": _attended}
     if where is None:  # there are no cycles to make seconds of
-        return {"clock_hz": 1.0, "peak_flops": 1.0, "mesh_shape": dict(mesh.shape)}
+        return known | {"clock_hz": 1.0, "peak_flops": 1.0}
     chip = where.chip
-    return {
+
+    def bandwidth(kind: str, axes: tuple[str, ...], group: int) -> float:
+        if axes == ("slices",):
+            return chip.dcn_bytes_per_second / chip.chips_per_host / chip.devices
+        if kind == "collective-permute":  # to one neighbour
+            return _LINK_SHARE * chip.ici_link_bytes_per_second
+        return _LINK_SHARE * chip.ici_bytes_per_second / chip.devices
+
+    return known | {
         "clock_hz": chip.clock,
         "peak_flops": chip.bf16_flops / chip.devices,
         "hbm_bytes_per_second": chip.hbm_bytes_per_second / chip.devices,
-        "bandwidth": _LINK_SHARE * chip.ici_bytes_per_second / chip.devices,
-        "mesh_shape": dict(mesh.shape),
+        "bandwidth": bandwidth,
     }
+
+
+def _attended(op_name: str, queries: int, keys: int) -> float:
+    """Which share of the pairs of queries and keys an attention kernel computes: half where it is causal."""
+    return 1.0 if "/encoder/" in op_name or "cross_attention" in op_name else 0.5
 
 
 def _peak(compiled: Any, where: Slice | None) -> int:
