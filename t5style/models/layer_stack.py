@@ -150,7 +150,8 @@ class Stack(nn.Module):
             scan=platform.scan_layers(remat=c.remat != "none") if c.scan_layers is None else c.scan_layers,
         )
         x = self.dropout(self._normalised(x), deterministic=deterministic)
-        return x, routers.get("moe_layers")
+        router = routers.get("moe_layers")  # sums by row: [layers, batch, ...]
+        return x, jax.tree.map(lambda leaf: leaf.sum(axis=1), router)
 
     def _normalised(self, x: jax.Array) -> jax.Array:
         return self.final_norm(x) if self.config.final_norm else x

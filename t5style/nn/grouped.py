@@ -8,6 +8,10 @@ import jax.numpy as jnp
 
 from t5style.nn import platform
 
+# Tiles of the TPU's kernels: rows, and both sides of a weight. Twice each in bfloat16 (one is computed while
+# the next is fetched) and the sums in float32 take 12 MB of vector memory, of which kernels get 16.
+ROW_TILE, TILE = 512, 1024
+
 
 def project_groups(
     x: jax.Array,
@@ -35,8 +39,11 @@ def project_groups(
     if not all_rows:  # what a kernel makes of the other rows, forwards and backwards, is not defined
         grouped = (jnp.arange(x.shape[0]) < sizes.sum())[:, None]
         x = jnp.where(grouped, x, 0)
-    if platform.grouped_product() == "blocks":
+    choice = platform.grouped_product()
+    if choice == "blocks":
         product = blocked_product(x, kernel, sizes, precision)
+    elif choice == "megablox" and x.dtype == jnp.bfloat16 and precision == "default":
+        product = kernel_product(x, kernel, sizes)
     else:
         product = jax.lax.ragged_dot(
             x, kernel, sizes, precision=precision, preferred_element_type=jnp.float32
@@ -44,6 +51,80 @@ def project_groups(
     if not all_rows:
         product = jnp.where(grouped, product, 0)
     return product.astype(out_dtype or x.dtype)
+
+
+@jax.custom_vjp
+def kernel_product(x: jax.Array, kernel: jax.Array, sizes: jax.Array) -> jax.Array:
+    """jax.lax.ragged_dot by the TPU's Pallas kernels ("megablox"; Gale et al. 2022, section 5), in bfloat16.
+
+    Sums are in float32. Only blocks that have rows of a group are computed. On CPU the kernels are
+    interpreted, which is slow and meant for tests.
+
+    Args:
+      x: bf16 `[rows, inner]`.
+      kernel: bf16 `[groups, inner, outer]`.
+      sizes: int32 `[groups]`.
+
+    Returns:
+      bf16 `[rows, outer]`; rows after the last group are unspecified.
+    """
+    return _gmm(x, kernel, sizes, transposed=False)
+
+
+def _kernel_forward(
+    x: jax.Array, kernel: jax.Array, sizes: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    return kernel_product(x, kernel, sizes), (x, kernel, sizes)
+
+
+def _kernel_backward(
+    kept: tuple[jax.Array, jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+    x, kernel, sizes = kept
+    by_x = _gmm(gradient, kernel, sizes, transposed=True)
+    tile = _row_tile(x.shape[0])
+    by_kernel = tgmm(
+        _filled(x, tile).swapaxes(0, 1),
+        _filled(gradient, tile),
+        sizes,
+        kernel.dtype,
+        (tile, *(min(size, TILE) for size in kernel.shape[1:])),
+        interpret=platform.platform() != "tpu",
+    )  # [inner, rows] · [rows, outer] -> [groups, inner, outer]
+    return by_x, by_kernel, None
+
+
+kernel_product.defvjp(_kernel_forward, _kernel_backward)
+
+
+def _gmm(x: jax.Array, kernel: jax.Array, sizes: jax.Array, *, transposed: bool) -> jax.Array:
+    """`[rows, a] · [groups, a, b] -> [rows, b]`, or transposed `[rows, b] · [groups, a, b] -> [rows, a]`."""
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm  # Pallas takes 0.15 s to import
+
+    tile = _row_tile(x.shape[0])
+    inner, outer = kernel.shape[1:][::-1] if transposed else kernel.shape[1:]
+    return gmm(
+        _filled(x, tile),
+        kernel,
+        sizes,
+        x.dtype,
+        (tile, min(inner, TILE), min(outer, TILE)),
+        transpose_rhs=transposed,
+        interpret=platform.platform() != "tpu",
+    )[: x.shape[0]]
+
+
+def _row_tile(rows: int) -> int:
+    """Rows of a tile: 512, less where there are no more."""
+    return min(ROW_TILE, -(-rows // 16) * 16)
+
+
+def _filled(x: jax.Array, tile: int) -> jax.Array:
+    """Rows up to a multiple of the tile; those added belong to no group."""
+    missing = -x.shape[0] % tile
+    return jnp.pad(x, ((0, missing), (0, 0))) if missing else x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

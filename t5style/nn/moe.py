@@ -19,11 +19,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.ad_checkpoint import checkpoint_name
 
-from t5style.nn import activations
-from t5style.nn.attention import Dropout
-from t5style.nn.grouped import project_groups
+from t5style.nn.moe_dispatch import Choices, ExpertMlp, Parameters, Weights, run_experts
 from t5style.nn.parameter import Init, named, zeros
 from t5style.nn.projection import Projection
 from t5style.nn.settings import MoE
@@ -31,7 +28,10 @@ from t5style.parallel.rules import constrain
 
 
 class RouterStats(NamedTuple):
-    """Sums over the real tokens of a batch; those of several batches or devices add up.
+    """Sums over the real tokens of a row, `[batch, ...]`; those of rows, batches and devices add up.
+
+    Layers give them by row, so that rows are added once after all layers and not, between devices, in each.
+    What follows is what is left when rows are added.
 
     Attributes:
       tokens: f32 `[]`, how many.
@@ -126,36 +126,6 @@ def within_capacity(experts: jax.Array, real: jax.Array | None, capacity: int, c
     return fits.reshape(batch, per_token, length).swapaxes(1, 2)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def take_rows(x: jax.Array, order: jax.Array, inverse: jax.Array, copies: int) -> jax.Array:
-    """Rows of x, each repeated `copies` times, in another order.
-
-    Its own gradient because a gather's would be a scatter; that of a permutation is a gather again.
-
-    Args:
-      x: `[rows, width]`.
-      order: int32 `[rows · copies]`, a permutation of the repeated rows.
-      inverse: its inverse.
-      copies: how often each row is there.
-    """
-    del inverse
-    return jnp.take(x, order // copies, axis=0)  # [rows · copies, width]
-
-
-def _take_rows_forward(
-    x: jax.Array, order: jax.Array, inverse: jax.Array, copies: int
-) -> tuple[jax.Array, jax.Array]:
-    return take_rows(x, order, inverse, copies), inverse
-
-
-def _take_rows_backward(copies: int, inverse: jax.Array, gradient: jax.Array) -> tuple[jax.Array, None, None]:
-    rows = jnp.take(gradient, inverse, axis=0).reshape(-1, copies, gradient.shape[-1])
-    return rows.sum(axis=1), None, None
-
-
-take_rows.defvjp(_take_rows_forward, _take_rows_backward)
-
-
 class ExpertsProjection(nn.Module):
     """A linear map for each expert: kernel `[experts, inner, outer]`, bias `[experts, outer]`."""
 
@@ -166,25 +136,20 @@ class ExpertsProjection(nn.Module):
     initializer: Init
     bias: bool
     param_dtype: str
-    precision: str
 
     @nn.compact
-    def __call__(self, x: jax.Array, sizes: jax.Array, expert: jax.Array, all_rows: bool) -> jax.Array:
-        """`[rows, inner] -> [rows, outer]`; row r belongs to `expert[r]`, sizes say how many each has.
-
-        all_rows: every row belongs to an expert; others have a number that no expert has, and come last.
-        """
+    def __call__(self) -> Weights:
+        """The parameters."""
         dtype, names = jnp.dtype(self.param_dtype), ("expert", *self.names)
 
         def init(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
             return jax.vmap(lambda k: self.initializer(k, shape[1:], dtype))(jax.random.split(key, shape[0]))
 
         kernel = self.param("kernel", named(init, names), (self.experts, self.inner, self.outer), dtype)
-        y = project_groups(x, kernel, sizes, all_rows=all_rows, precision=self.precision)
+        bias = None
         if self.bias:
             bias = self.param("bias", named(zeros, ("expert", names[2])), (self.experts, self.outer), dtype)
-            y = y + jnp.take(bias, expert, axis=0, mode="clip").astype(y.dtype)
-        return y
+        return Weights(kernel, bias)
 
 
 class Experts(nn.Module):
@@ -192,66 +157,32 @@ class Experts(nn.Module):
 
     moe: MoE
     d_model: int
-    activations: tuple[str, ...]
+    mlp: ExpertMlp
     input_init: Init
     output_init: Init
-    clamp: float | None
-    dropout: float
     param_dtype: str
-    precision: str
 
     def setup(self) -> None:
         make = functools.partial(
-            ExpertsProjection,
-            self.moe.experts,
-            bias=self.moe.bias,
-            param_dtype=self.param_dtype,
-            precision=self.precision,
+            ExpertsProjection, self.moe.experts, bias=self.moe.bias, param_dtype=self.param_dtype
         )
         width, inner = self.d_model, self.moe.d_ff
         self.inputs = [
             make(inner=width, outer=inner, names=("embed", "mlp"), initializer=self.input_init)
-            for _ in self.activations
+            for _ in self.mlp.activations
         ]
         self.output = make(inner=inner, outer=width, names=("mlp", "embed"), initializer=self.output_init)
 
     def __call__(
-        self,
-        x: jax.Array,
-        experts: jax.Array,
-        weights: jax.Array,
-        kept: jax.Array | None,
-        deterministic: bool,
+        self, x: jax.Array, choices: Choices, capacity: int | None, deterministic: bool
     ) -> jax.Array:
-        """Sum of the chosen experts' outputs, weighted.
-
-        Args:
-          x: `[tokens, embed]`.
-          experts: int32 `[tokens, per_token]`.
-          weights: f32 `[tokens, per_token]`.
-          kept: bool `[tokens, per_token]`; a choice that is not kept adds 0. None: all are.
-          deterministic: no dropout.
-
-        Returns:
-          `[tokens, embed]`.
-        """
-        tokens, per_token = experts.shape
-        expert = experts if kept is None else jnp.where(kept, experts, self.moe.experts)
-        expert = expert.reshape(-1)  # [tokens · per_token]
-        order = jnp.argsort(expert)  # stable, so that an expert's tokens stay in order
-        inverse = jnp.argsort(order)
-        sizes = jnp.sum(expert[:, None] == jnp.arange(self.moe.experts), axis=0, dtype=jnp.int32)
-        groups = {"sizes": sizes, "expert": jnp.take(expert, order), "all_rows": kept is None}
-        rows = take_rows(x, order, inverse, per_token)  # [tokens · per_token, embed]
-        inputs = [checkpoint_name(each(rows, **groups), "mlp_hidden") for each in self.inputs]
-        hidden = activations.hidden(inputs, self.activations, self.clamp)  # [tokens · per_token, mlp]
-        if self.dropout and not deterministic:
-            hidden = Dropout(self.dropout, self.make_rng("dropout"))(hidden)
-        out = self.output(hidden, **groups)
-        out = take_rows(out, inverse, order, 1).reshape(tokens, per_token, self.d_model)
-        if kept is not None:
-            weights = jnp.where(kept, weights, 0.0)
-        return (out.astype(jnp.float32) * weights[..., None]).sum(axis=1).astype(x.dtype)
+        """See nn/moe_dispatch.run_experts: `[batch, length, embed]`."""
+        parameters = Parameters(tuple(each() for each in self.inputs), self.output())
+        if self.is_initializing():
+            return x  # parameters are all that is wanted
+        dropping = self.mlp.dropout and not deterministic
+        key = self.make_rng("dropout") if dropping else None
+        return run_experts(x, choices, parameters, self.mlp, capacity=capacity, key=key)
 
 
 class MoeMlp(nn.Module):
@@ -311,13 +242,10 @@ class MoeMlp(nn.Module):
         self.experts = Experts(
             moe,
             self.d_model,
-            self.activations,
+            ExpertMlp(self.activations, self.clamp, self.precision, self.dropout),
             self.input_init,
             self.output_init,
-            self.clamp,
-            self.dropout,
             self.param_dtype,
-            self.precision,
         )
         if moe.shared_gate:
             self.shared_gate = Projection(
@@ -344,10 +272,11 @@ class MoeMlp(nn.Module):
           real: `[batch, length]`, 0 or False for padding, to which experts add 0 and which takes no capacity
             and no part in statistics; None: every token is real.
           deterministic: no dropout.
-          stats: whether to compute RouterStats; otherwise None is returned for them.
+          stats: whether to compute RouterStats, by row; otherwise None is returned for them.
         """
-        moe, (batch, length, width) = self.moe, x.shape
+        moe, length = self.moe, x.shape[1]
         logits = self.router(x.astype(jnp.float32))  # [batch, length, experts]
+        logits = constrain(logits, ("batch", "length", None))
         routing = route(moe, logits, self.router_bias if moe.correction_bias else None)
         kept = None
         if real is not None:
@@ -356,13 +285,8 @@ class MoeMlp(nn.Module):
         capacity = moe.capacity_for(length)
         if capacity is not None and capacity < length:
             kept = within_capacity(routing.experts, real, capacity, moe.experts)
-        y = self.experts(
-            x.reshape(batch * length, width),
-            routing.experts.reshape(batch * length, -1),
-            routing.weights.reshape(batch * length, -1),
-            None if kept is None else kept.reshape(batch * length, -1),
-            deterministic,
-        ).reshape(batch, length, width)
+        choices = Choices(routing.experts, routing.weights, kept)
+        y = self.experts(x, choices, capacity, deterministic)
         y = constrain(y, ("batch", "length", "embed"))
         if self.shared is not None:
             shared = self.shared(x, deterministic)
@@ -377,11 +301,14 @@ def _statistics(
 ) -> RouterStats:
     weight = jnp.ones(logits.shape[:2]) if real is None else real.astype(jnp.float32)  # [batch, length]
     chosen = jax.nn.one_hot(routing.experts, logits.shape[-1], dtype=jnp.float32).sum(axis=-2)
-    load = jnp.einsum("ble,bl->e", chosen, weight)
+    load = jnp.einsum("ble,bl->be", chosen, weight)
+    dropped = jnp.zeros(load.shape[:1])
+    if kept is not None:
+        dropped = load.sum(axis=-1) - kept.sum(axis=(1, 2), dtype=jnp.float32)
     return RouterStats(
-        tokens=weight.sum(),
+        tokens=weight.sum(axis=1),
         load=load,
-        probability=jnp.einsum("ble,bl->e", routing.probability, weight),
-        log_partition=jnp.sum(jax.nn.logsumexp(logits, axis=-1) ** 2 * weight),
-        dropped=jnp.zeros(()) if kept is None else load.sum() - kept.sum(dtype=jnp.float32),
+        probability=jnp.einsum("ble,bl->be", routing.probability, weight),
+        log_partition=jnp.sum(jax.nn.logsumexp(logits, axis=-1) ** 2 * weight, axis=1),
+        dropped=dropped,
     )

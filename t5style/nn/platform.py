@@ -112,3 +112,12 @@ def grouped_product() -> str:
     bfloat16: 5.5, 7.1, 1.8, and 20 for the gather.
     """
     return "blocks" if platform() == "cpu" else "ragged_dot"
+
+
+def ragged_exchange() -> bool:
+    """Whether devices send each other as many rows as there are (jax.lax.ragged_all_to_all).
+
+    TPU: yes. XLA's CPU backend has no such operation (jax 0.10.2); nobody has run it on several GPUs yet.
+    Without it all devices send buffers of the largest size that can be.
+    """
+    return platform() == "tpu"

@@ -153,7 +153,7 @@ class MoE:
       normalize: divide the weights of the chosen experts by their sum.
       scale: a factor on the weights, after that.
       correction_bias: a learned number for each expert is added to its score for choosing, not to its weight
-        (DeepSeek-V3, section 2.1.2). It has no gradient: whoever trains moves it by the experts' load.
+        (DeepSeek-V3, section 2.1.2). It has no gradient: training moves it by bias_update_rate.
       groups: experts stand in so many groups of equal size, of which each token first chooses
         groups_per_token and then its experts among theirs.
       groups_per_token: see groups.
@@ -165,6 +165,12 @@ class MoE:
       capacity: how many tokens of a row of the batch an expert computes; those that come later pass with a
         zero for its output. None: as many as choose it.
       capacity_factor: the same as a multiple of an even share, length · per_token / experts, rounded up.
+      balance_loss: weight in training of the load-balancing loss (Fedus et al. 2021, equations 4 to 6:
+        0.01), a mean over the layers with experts. An even load costs per_token.
+      router_z_loss: weight of the router z-loss (Zoph et al. 2022, equation 5: 0.001), also a mean.
+      bias_update_rate: after each step correction_bias grows by so much for experts that had less than the
+        mean load and shrinks for those that had more: balancing without a loss (Wang et al. 2024, algorithm
+        1; DeepSeek-V3: 0.001).
     """
 
     experts: int
@@ -183,6 +189,9 @@ class MoE:
     bias: bool = False
     capacity: int | None = None
     capacity_factor: float | None = None
+    balance_loss: float = 0.0
+    router_z_loss: float = 0.0
+    bias_update_rate: float = 0.0
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -236,6 +245,14 @@ class MoE:
             )
         if self.capacity_factor is not None and not self.capacity_factor > 0:
             raise ValueError(f"MoE.capacity_factor = {self.capacity_factor} must be positive")
+        for name in ("balance_loss", "router_z_loss", "bias_update_rate"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"MoE.{name} = {getattr(self, name)} must be at least 0")
+        if self.bias_update_rate and not self.correction_bias:
+            raise ValueError(
+                f"MoE.bias_update_rate = {self.bias_update_rate} moves correction_bias, which is False: set "
+                "it to True"
+            )
 
     def capacity_for(self, length: int) -> int | None:
         """How many tokens of a row of that length an expert computes; None: all that choose it."""

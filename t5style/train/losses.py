@@ -6,8 +6,14 @@ the reader divides. A mean of means would weigh tokens in short batches more tha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+
+from t5style.nn import moe
+from t5style.nn.moe import RouterStats
+from t5style.nn.settings import MoE
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 """name -> (sum, weight), both f32 scalars."""
@@ -63,6 +69,55 @@ def cross_entropy(
         objective = objective + z_term
         metrics["z_loss"] = (jnp.sum(jnp.where(keep, z_term * weights, 0.0)), total)
     return jnp.sum(jnp.where(keep, objective * weights, 0.0)), metrics
+
+
+def router_losses(
+    routers: Sequence[RouterStats], settings: MoE, weight: jax.Array
+) -> tuple[jax.Array, Metrics]:
+    """What the routers of a model with experts add to the objective, and figures of their experts.
+
+    Args:
+      routers: statistics of one or more stacks, each `[layers, ...]`, of all tokens of the batch.
+      settings: says how much each loss counts.
+      weight: that of the objective, its number of target tokens, by which what is added here is multiplied.
+
+    Returns:
+      objective: f32 scalar, what is added.
+      metrics: means over all layers, weighing as much as the objective: 'moe_balance_loss' and
+        'moe_router_z_loss' (not multiplied by their settings), 'moe_most_loaded' and 'moe_least_loaded' (that
+        expert's share of all choices), 'moe_load_entropy' (of the shares, divided by log(experts): 1 is
+        even); and 'moe_dropped', the share of choices whose expert was full.
+    """
+    share = [_shares(router.load) for router in routers]  # each [layers, experts]
+    by_layer = {
+        "moe_balance_loss": [moe.balance_loss(router) for router in routers],
+        "moe_router_z_loss": [moe.z_loss(router) for router in routers],
+        "moe_most_loaded": [each.max(axis=-1) for each in share],
+        "moe_least_loaded": [each.min(axis=-1) for each in share],
+        "moe_load_entropy": [_entropy(each) for each in share],
+    }
+    means = {name: jnp.concatenate(values).mean() for name, values in by_layer.items()}
+    objective = jnp.float32(0.0)
+    if settings.balance_loss:
+        objective += settings.balance_loss * means["moe_balance_loss"]
+    if settings.router_z_loss:
+        objective += settings.router_z_loss * means["moe_router_z_loss"]
+    metrics: Metrics = {name: (mean * weight, weight) for name, mean in means.items()}
+    dropped = sum((router.dropped.sum() for router in routers), start=jnp.float32(0.0))
+    choices = sum((router.load.sum() for router in routers), start=jnp.float32(0.0))
+    metrics["moe_dropped"] = (dropped, choices)
+    return objective * weight, metrics
+
+
+def _shares(load: jax.Array) -> jax.Array:
+    """Each expert's share of all choices, `[layers, experts]`."""
+    return load / jnp.maximum(load.sum(axis=-1, keepdims=True), 1.0)
+
+
+def _entropy(shares: jax.Array) -> jax.Array:
+    """Of shares `[layers, experts]`, in units of that of even ones."""
+    experts = max(shares.shape[-1], 2)
+    return jax.scipy.special.entr(shares).sum(axis=-1) / jnp.log(experts)
 
 
 @jax.custom_vjp

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -12,10 +14,13 @@ import optax
 
 from t5style.models.config import TransformerConfig
 from t5style.models.transformer import Transformer
-from t5style.train.losses import Metrics, cross_entropy
+from t5style.train.losses import Metrics, cross_entropy, router_losses
 from t5style.train.state import TrainState
 
 Batch = Mapping[str, jax.Array]
+
+# Metrics that go to after_step only: (choices of each expert [layers, experts], tokens [layers]) by side.
+_LOAD = "expert_load/"
 
 
 class Loss(Protocol):
@@ -24,13 +29,20 @@ class Loss(Protocol):
     def __call__(
         self, params: Any, batch: Batch, dropout_key: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, Metrics]:
-        """Returns (summed objective, its weight, metrics as (sum, weight))."""
+        """Returns (summed objective, its weight, metrics as (sum, weight)).
+
+        A loss may also have a method `after_step(old, new, metrics) -> (new, metrics)` for what the optimiser
+        does not do, given the parameters before and after it.
+        """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModelLoss:
     """Cross-entropy of the decoder's targets, for encoder-decoders and decoder-only models.
+
+    Of models with experts the routers' losses are added, which see all real tokens of both sides
+    (losses.router_losses). With accumulation each microbatch is balanced by itself.
 
     Attributes:
       config: the model.
@@ -57,14 +69,14 @@ class LanguageModelLoss:
             arguments["encoder_positions"] = batch["encoder_positions"]
             arguments["encoder_segment_ids"] = batch["encoder_segment_ids"]
         rngs = {} if deterministic else {"dropout": dropout_key}
-        hidden = model.apply(
+        hidden, routers = model.apply(
             {"params": params},
             batch["decoder_input_tokens"],
             encoder_tokens,
             **arguments,
             deterministic=deterministic,
             rngs=rngs,
-            method="hidden",
+            method="hidden_and_routers",
         )  # [B, L, D]
         # Head and loss work on [tokens, ...]: on CPU, a product of a 3-D operand is nearly twice as slow.
         hidden = hidden.reshape(-1, hidden.shape[-1])  # [B·L, D]
@@ -77,7 +89,35 @@ class LanguageModelLoss:
             label_smoothing=self.label_smoothing,
             z_loss=self.z_loss,
         )
-        return objective, weights.sum().astype(jnp.float32), metrics
+        total = weights.sum().astype(jnp.float32)
+        moe = self.config.moe
+        if moe is not None and routers:
+            added, figures = router_losses(list(routers.values()), moe, total)
+            objective, metrics = objective + added, metrics | figures
+            if moe.bias_update_rate and dropout_key is not None:
+                metrics |= {
+                    f"{_LOAD}{side}": (router.load, router.tokens) for side, router in routers.items()
+                }
+        return objective, total, metrics
+
+    def after_step(self, old: Any, new: Any, metrics: Metrics) -> tuple[Any, Metrics]:
+        """Moves the routers' corrections by their load in this step, that of all microbatches together (Wang
+        et al. 2024, algorithm 1); whatever the optimiser made of them is forgotten.
+        """
+        rest = {name: pair for name, pair in metrics.items() if not name.startswith(_LOAD)}
+        for name in sorted(metrics.keys() - rest.keys()):
+            path = (name.removeprefix(_LOAD), "moe_layers", "mlp", "router_bias")
+            load = metrics[name][0]  # [layers, experts]
+            missing = jnp.sign(load.mean(axis=-1, keepdims=True) - load)
+            assert self.config.moe is not None
+            bias = functools.reduce(operator.getitem, path, old)
+            new = _replaced(new, path, bias + self.config.moe.bias_update_rate * missing)
+        return new, rest
+
+
+def _replaced(tree: Any, path: Sequence[str], value: Any) -> Any:
+    """The nested dictionary with another value at a path."""
+    return {**tree, path[0]: _replaced(tree[path[0]], path[1:], value)} if path else value
 
 
 def make_train_step(
@@ -112,6 +152,8 @@ def make_train_step(
 
     gradient = jax.value_and_grad(objective, has_aux=True)
 
+    after_step = getattr(loss, "after_step", None)
+
     def sums(params: Any, batch: Batch, key: jax.Array) -> tuple[Any, jax.Array, jax.Array, Metrics]:
         (total, (weight, metrics)), grads = gradient(params, batch, key)
         return grads, total, weight, metrics
@@ -144,6 +186,8 @@ def make_train_step(
         norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        if after_step is not None:
+            params, metrics = after_step(state.params, params, metrics)
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
         one = jnp.float32(1.0)
         metrics = {
