@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from t5style.nn import remat as remat_lib
-from t5style.nn.settings import SEQUENCE_ATTENTIONS, AttentionBlocks, MoE, RopeScaling
+from t5style.nn.settings import SEQUENCE_ATTENTIONS, AttentionBlocks, MoE, Pipeline, RopeScaling
 
 ACTIVATIONS = ("relu", "gelu", "gelu_exact", "silu", "silu_1702", "linear", "linear_plus_one")
 POSITIONS = ("relative_bias", "rope", "learned", "none")
@@ -120,6 +120,7 @@ class TransformerConfig:
       attention_blocks: tiles of the TPU's kernel.
       sequence_attention: how attention is computed where the mesh divides sequences: 'gather' (XLA gathers
         keys), 'ring' or 'ulysses' (nn/attention_sequence.py).
+      pipeline: how layers run where the mesh has stages: microbatches, schedule.
       scan_layers: True scans over the stacked layers (compile time does not grow with depth), False unrolls;
         None chooses by platform. The parameters have the same layout either way.
       remat: what the backward pass recomputes: 'none', 'full' (all of every layer), 'dots' (all but matrix
@@ -159,6 +160,7 @@ class TransformerConfig:
     attention: str = "auto"
     attention_blocks: AttentionBlocks = dataclasses.field(default_factory=AttentionBlocks)
     sequence_attention: str = "gather"
+    pipeline: Pipeline = dataclasses.field(default_factory=Pipeline)
     scan_layers: bool | None = None
     remat: str = "none"
     dtype: str = "bfloat16"
@@ -456,6 +458,7 @@ class TransformerConfig:
             ("rope_scaling", RopeScaling),
             ("latent", LatentAttention),
             ("attention_blocks", AttentionBlocks),
+            ("pipeline", Pipeline),
         ):
             if isinstance(fields.get(name), Mapping):
                 try:

@@ -16,8 +16,9 @@ from t5style.nn.attention_sparse import chunk_segments
 from t5style.nn.cache import LayerCache, slots_of
 from t5style.nn.moe import RouterStats
 from t5style.nn.parameter import Named, is_named, unbox
+from t5style.nn.pipeline import run_stack
 from t5style.nn.positions import rotary_angles
-from t5style.nn.stack import run_layers, unstack
+from t5style.nn.stack import unstack
 
 
 class Stack(nn.Module):
@@ -140,14 +141,16 @@ class Stack(nn.Module):
         if c.dropout and not deterministic:
             x = self.dropout(x, deterministic=False)
             keys = jax.random.split(self.make_rng("dropout"), len(self.order))
-        (x, _), routers = run_layers(
+        x, routers = run_stack(
             layer,
             dict(self.groups),
-            (x, shared),
+            x,
+            shared,
             order=self.order,
             keys=keys,
             policy=c.remat,
             scan=platform.scan_layers(remat=c.remat != "none") if c.scan_layers is None else c.scan_layers,
+            pipeline=c.pipeline,
         )
         x = self.dropout(self._normalised(x), deterministic=deterministic)
         router = routers.get("moe_layers")  # sums by row: [layers, batch, ...]

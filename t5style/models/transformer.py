@@ -11,8 +11,8 @@ from t5style.models.config import TransformerConfig
 from t5style.models.encoder_heads import EncoderHeads
 from t5style.models.layer_stack import Stack
 from t5style.nn.cache import LayerCache
-from t5style.nn.moe import RouterStats
 from t5style.nn.embedding import lookup
+from t5style.nn.moe import RouterStats
 from t5style.nn.parameter import named
 from t5style.nn.projection import Projection, project, project_int8
 from t5style.parallel.rules import constrain
@@ -101,7 +101,7 @@ class Transformer(nn.Module):
             x = x + jnp.take(self.position_embedding, places, axis=0, mode="clip").astype(dtype)
         if c.embedding_norm:
             x = self.embedding_norm(x)
-        return constrain(x, ("batch", "length", "embed"))
+        return constrain(x, ("rows", "length", "embed"))
 
     def encode(
         self,
@@ -201,8 +201,8 @@ class Transformer(nn.Module):
         if (
             logits.ndim == 2
         ):  # [batch * length, vocab]: the loss flattens rows, which lie where the batch lies
-            return constrain(logits, ("batch", "vocab"))
-        return constrain(logits, ("batch", "length", "vocab")) if logits.ndim == 3 else logits
+            return constrain(logits, ("rows", "vocab"))
+        return constrain(logits, ("rows", "length", "vocab")) if logits.ndim == 3 else logits
 
     def __call__(
         self,

@@ -12,6 +12,7 @@ ROUTERS = ("softmax", "sigmoid")
 GROUP_SCORES = ("max", "top2")
 KERNEL_LAYOUTS = ("head_dim_minor", "sequence_minor")
 SEQUENCE_ATTENTIONS = ("gather", "ring", "ulysses")
+PIPELINE_REMATS = ("layer", "iteration", "both")
 LANES = 128  # of a TPU's vector registers: tiles of an attention kernel are multiples of it
 
 
@@ -259,6 +260,36 @@ class MoE:
         if self.capacity_factor is None:
             return self.capacity
         return math.ceil(self.capacity_factor * length * self.per_token / self.experts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """How layers run where the mesh has stages (nn/pipeline.py).
+
+    Attributes:
+      microbatches: into how many parts a batch (of one accumulation step) is divided; a multiple of the
+        stages; None: as many as stages.
+      repeats: how many groups of layers a stage holds, which a microbatch passes one after the other; 1 is
+        GPipe, more make the time in which stages wait shorter.
+      remat: what TransformerConfig.remat is applied to. 'layer': to each layer, whose input is kept for each
+        microbatch. 'iteration': to a stage's whole group of layers: of a microbatch only what enters the
+        stage is kept, and all arrays of one group are there at once when its gradient is made. 'both': little
+        memory, for one more forward pass.
+    """
+
+    microbatches: int | None = None
+    repeats: int = 1
+    remat: str = "layer"
+
+    def __post_init__(self) -> None:
+        for name in ("microbatches", "repeats"):
+            value = getattr(self, name)
+            if value is None and name == "microbatches":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"Pipeline.{name} = {value!r} must be a whole number of at least 1")
+        if self.remat not in PIPELINE_REMATS:
+            raise ValueError(f"Pipeline.remat = {self.remat!r} is not one of {', '.join(PIPELINE_REMATS)}")
 
 
 @dataclasses.dataclass(frozen=True)

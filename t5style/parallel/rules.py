@@ -32,7 +32,7 @@ from t5style.parallel.mesh import AXES, BATCH_AXES
 MeshAxes = str | Sequence[str] | None
 LogicalAxes = Sequence[str | None]
 
-# `layers` is the dimension over which equal layers are stacked; pipeline stages will divide it.
+# `layers` is the dimension over which equal layers are stacked; pipeline stages (nn/pipeline.py) divide it.
 PARAMETER_RULES: dict[str, MeshAxes] = {
     "embed": ("fsdp", "expert"),  # of experts' own weights `expert` divides the experts already
     "vocab": "tensor",
@@ -40,7 +40,7 @@ PARAMETER_RULES: dict[str, MeshAxes] = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
-    "layers": None,
+    "layers": "stage",
     "relpos_buckets": None,
     "length": None,
     "token_types": None,
@@ -50,6 +50,9 @@ PARAMETER_RULES: dict[str, MeshAxes] = {
 }
 ACTIVATION_RULES: dict[str, MeshAxes] = {
     "batch": BATCH_AXES,
+    # Of the batch outside of layers: pipeline stages share the work of embedding, head and loss.
+    "rows": (*BATCH_AXES, "stage"),
+    "stage": "stage",
     "length": "sequence",
     "embed": None,
     "vocab": "tensor",

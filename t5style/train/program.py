@@ -19,6 +19,7 @@ from t5style import run_dir
 from t5style.data.pipeline import empty_batch
 from t5style.models import params as model_params
 from t5style.models.config import TransformerConfig
+from t5style.nn import pipeline
 from t5style.parallel import mesh as mesh_lib
 from t5style.parallel import rules as rules_lib
 from t5style.parallel.mesh import MeshConfig
@@ -71,7 +72,13 @@ class TrainingProgram:
         return self.optimizer.build(state_lib.logical_axes(self.model), self.steps)
 
     def abstract(self, mesh: Mesh) -> tuple[TrainState, TrainState]:
-        """Shapes and shardings of the state; nothing is allocated."""
+        """Shapes and shardings of the state; nothing is allocated.
+
+        Raises:
+          ValueError: a parameter does not divide by the mesh, or layers and batch do not into its stages.
+        """
+        sides = {f"{side} layers": self.model.layers_of(side) for side in ("encoder", "decoder")}
+        pipeline.check(sides, self.model.pipeline, mesh, self.batch_size, self.accumulation)
         abstract = state_lib.abstract_state(self.model, self.transform)
         return abstract, state_lib.state_shardings(abstract, self.model, mesh, self.rules)
 
