@@ -75,7 +75,8 @@ def attention(
       blocks: tiles of 'splash'.
       precision: as jax.lax.Precision names it.
       sequence: what happens where the mesh divides sequences: 'gather', 'ring' or 'ulysses'
-        (nn/attention_sequence.py). A ring has an implementation of its own, in tiles.
+        (nn/attention_sequence.py). A ring has an implementation of its own, of which 'splash' and on a TPU
+        'auto' say that it may use the TPU's kernel.
 
     Returns:
       `[batch, queries, heads, value_dim]` in value's dtype, which a remat policy may keep under the name
@@ -99,6 +100,8 @@ def attention(
                 "sequence_attention 'gather' or 'ulysses' without global tokens, dropout 0, or a bias by "
                 "distance"
             )
+        refusal = attention_splash.refusal(query, key, value, bias=False, dropout=False, precision=precision)
+        kernel = implementation == "splash" or (implementation == "auto" and platform.platform() == "tpu")
         return attention_sequence.ring(
             query,
             key,
@@ -109,6 +112,7 @@ def attention(
             pattern=pattern,
             scoring=scoring,
             sinks=sinks,
+            kernel=(blocks or AttentionBlocks()) if kernel and refusal is None else None,
         )
     if by_heads:
         return _by_heads(

@@ -4,6 +4,9 @@ Runs on one device's arrays, inside a jax.shard_map over the mesh axis `sequence
 or on one device with all there is, where nothing travels. The softmax is an online one, so no device ever
 holds more than a tile of scores; the backward pass sends keys and values round once more, with their
 gradients' sums, and needs of the forward pass its result and one number per query.
+
+Parts are computed in XLA's tiles (nn/attention_tiles.py), or by the TPU's kernel (nn/attention_splash.py)
+where two parts see each other as wholes, not at all, or causally as one and the same.
 """
 
 from __future__ import annotations
@@ -17,9 +20,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from t5style.nn import attention_tiles
-from t5style.nn.attention_splash import CONTEXT
+from t5style.nn import attention_splash, attention_tiles
+from t5style.nn.attention_splash import CONTEXT, Masking
 from t5style.nn.attention_tiles import Gradients, Settings, Side, Softmax
+from t5style.nn.settings import AttentionBlocks
 
 AXIS = "sequence"
 
@@ -35,12 +39,15 @@ class Plan:
         device.
       zigzag: device i holds parts i and 2 · devices - 1 - i of twice as many parts, rather than part i. With
         a causal mask all devices then have the same to compute at each step.
+      kernel: tiles of the TPU's kernel, for queries that are scaled already, without bias and window; None:
+        XLA's tiles.
     """
 
     settings: Settings
     devices: int = 1
     walks: tuple[tuple[int, int], ...] = ((1, 0),)
     zigzag: bool = False
+    kernel: AttentionBlocks | None = None
 
     def starts(self, device: Any, tokens: int) -> tuple[Any, ...]:
         """Where each piece of a device's tokens begins in the sequence."""
@@ -82,7 +89,7 @@ def ring(
     Args:
       query: `[batch, queries, heads, head_dim]`.
       key, value: `[batch, keys, kv_heads, head_dim]` and `[batch, keys, kv_heads, value_dim]`.
-      bias: BiasByDistance.values of the whole sequences, or None.
+      bias: BiasByDistance.values of the whole sequences, `[heads, distances]`, or None.
       sinks: f32 `[heads]` or None.
       query_segments, key_segments: int32 `[batch, queries]`, `[batch, keys]`, or None.
       plan: see Plan.
@@ -113,8 +120,7 @@ def _forward(
         keys = _sides(plan, device, held[:2], held[2])
         for side in keys:
             softmaxes = tuple(
-                attention_tiles.see(softmax, own, side, line, plan.settings)
-                for softmax, own in zip(softmaxes, queries, strict=True)
+                _see(softmax, own, side, line, plan) for softmax, own in zip(softmaxes, queries, strict=True)
             )
         return softmaxes
 
@@ -134,9 +140,10 @@ def _backward(plan: Plan, residuals: tuple[Any, ...], gradient: jax.Array) -> tu
     groups = key.shape[2]
     line = _grouped(bias, groups)
     here = _device(plan)
-    inner = jnp.sum((gradient * context).astype(jnp.float32), axis=-1, keepdims=True)
-    inner = _rows(inner, groups)
+    inner = _rows(jnp.sum((gradient * context).astype(jnp.float32), axis=-1, keepdims=True), groups)
     arrays = (_rows(query, groups), _rows(gradient, groups), logarithm, inner)
+    if plan.kernel is not None:  # it makes the last of them itself
+        arrays = (*arrays[:3], _rows(context, groups))
     queries = _sides(plan, here, arrays, query_segments)
     pair = (_heads_first(key), _heads_first(value))
     zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in pair)
@@ -148,9 +155,8 @@ def _backward(plan: Plan, residuals: tuple[Any, ...], gradient: jax.Array) -> tu
         for number, side in enumerate(_sides(plan, device, (keys, values), segments)):
             by_key, by_value = parts[0][number], parts[1][number]
             for own, by_query in enumerate(by_queries):
-                found = attention_tiles.see_backward(
-                    Gradients(by_query, by_key, by_value, by_line), queries[own], side, line, plan.settings
-                )
+                sums_here = Gradients(by_query, by_key, by_value, by_line)
+                found = _see_backward(sums_here, queries[own], side, line, plan)
                 by_key, by_value, by_line = found.key, found.value, found.bias
                 by_queries = (*by_queries[:own], found.query, *by_queries[own + 1 :])
             parts[0][number], parts[1][number] = by_key, by_value
@@ -182,6 +188,84 @@ def _backward(plan: Plan, residuals: tuple[Any, ...], gradient: jax.Array) -> tu
 
 
 ring.defvjp(_forward, _backward)
+
+
+# --- parts ---
+
+
+def _see(softmax: Softmax, queries: Side, keys: Side, bias: jax.Array | None, plan: Plan) -> Softmax:
+    """attention_tiles.see, by the kernel if the plan has one."""
+    kernel, (key, value) = plan.kernel, keys.arrays
+    if kernel is None:
+        return attention_tiles.see(softmax, queries, keys, bias, plan.settings)
+
+    def part(causal: bool) -> Softmax:
+        (query,) = queries.arrays
+        context, logarithm = attention_splash.local_forward(
+            _flat(query),
+            key,
+            value,
+            queries.segments,
+            keys.segments,
+            masking=Masking(causal),
+            softcap=plan.settings.scoring.softcap,
+            blocks=kernel,
+        )
+        rows = softmax.top.shape
+        logarithm = logarithm.reshape(rows)
+        top = jnp.maximum(softmax.top, logarithm)
+        before, weight = jnp.exp(softmax.top - top), jnp.exp(logarithm - top)
+        context = context.astype(jnp.float32).reshape(softmax.context.shape)
+        return Softmax(softmax.context * before + context * weight, top, softmax.total * before + weight)
+
+    return _by_order(plan, queries, keys, softmax, part)
+
+
+def _see_backward(
+    sums: Gradients, queries: Side, keys: Side, bias: jax.Array | None, plan: Plan
+) -> Gradients:
+    """attention_tiles.see_backward, by the kernel if the plan has one: then the last of the queries' arrays
+    is the context.
+    """
+    kernel, (key, value) = plan.kernel, keys.arrays
+    if kernel is None:
+        return attention_tiles.see_backward(sums, queries, keys, bias, plan.settings)
+
+    def part(causal: bool) -> Gradients:
+        query, gradient, logarithm, context = queries.arrays
+        found = attention_splash.local_backward(
+            _flat(query),
+            key,
+            value,
+            queries.segments,
+            keys.segments,
+            _flat(context),
+            _flat(logarithm)[..., 0],
+            _flat(gradient),
+            masking=Masking(causal),
+            softcap=plan.settings.scoring.softcap,
+            blocks=kernel,
+        )
+        added = [
+            whole + one.astype(jnp.float32).reshape(whole.shape)
+            for whole, one in zip(sums[:3], found, strict=True)
+        ]
+        return Gradients(added[0], added[1], added[2], None)
+
+    return _by_order(plan, queries, keys, sums, part)
+
+
+def _by_order(plan: Plan, queries: Side, keys: Side, before: Any, part: Callable[[bool], Any]) -> Any:
+    """`part`, causal where queries and keys are the same tokens, or `before` where keys come later."""
+    if not plan.settings.pattern.causal:
+        return part(False)
+    order = jnp.sign(queries.start - keys.start) + 1
+    return jax.lax.switch(order, [lambda: before, lambda: part(True), lambda: part(False)])
+
+
+def _flat(x: jax.Array) -> jax.Array:
+    """`[batch, kv_heads, heads / kv_heads, ...] -> [batch, heads, ...]`."""
+    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])
 
 
 # --- travelling ---

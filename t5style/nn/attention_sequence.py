@@ -21,6 +21,7 @@ are seen.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -34,7 +35,7 @@ from t5style.nn import attention_ring, attention_splash, attention_tiles
 from t5style.nn.attention_ring import AXIS, Plan
 from t5style.nn.attention_scores import Scoring
 from t5style.nn.attention_tiles import BiasByDistance, Pattern, Settings
-from t5style.nn.settings import SEQUENCE_ATTENTIONS
+from t5style.nn.settings import LANES, SEQUENCE_ATTENTIONS, AttentionBlocks
 from t5style.parallel.mesh import AXES
 from t5style.parallel.rules import activation_axes, current_mesh, use_mesh
 
@@ -98,8 +99,16 @@ def ring(
     pattern: Pattern,
     scoring: Scoring,
     sinks: jax.Array | None,
+    kernel: AttentionBlocks | None = None,
 ) -> jax.Array:
     """Ring attention over the mesh in force, or on one device in tiles; arrays as nn/attention.py's.
+
+    Args:
+      query, key, value, bias, query_segments, key_segments, sinks: of all devices.
+      pattern: which keys are seen.
+      scoring: how scores are made.
+      kernel: tiles of the TPU's kernel, which computes the parts where it can: without bias and window, of
+        parts that are not too short.
 
     Raises:
       ValueError: see `check`.
@@ -110,12 +119,17 @@ def ring(
     zigzag = ways > 1 and _zigzag(pattern)
     parts = 2 * ways if zigzag else ways
     tile = attention_tiles.tile_of(math.gcd(queries // parts, keys // parts))
+    if bias is not None or pattern.window is not None or min(queries, keys) // parts < LANES:
+        kernel = None
+    if kernel is not None and scoring.scale != 1.0:
+        query = (query.astype(jnp.float32) * scoring.scale).astype(query.dtype)
+        scoring = dataclasses.replace(scoring, scale=1.0)
     settings = Settings(pattern, scoring, queries, keys, tile)
-    line = None if bias is None else bias.values
+    line = None if bias is None else bias.values[0]
     if ways == 1:
         plan = Plan(settings)
         return attention_ring.ring(query, key, value, line, sinks, query_segments, key_segments, plan)
-    plan = Plan(settings, ways, attention_ring.walks(ways, keys // ways, pattern), zigzag)
+    plan = Plan(settings, ways, attention_ring.walks(ways, keys // ways, pattern), zigzag, kernel)
     mesh, rows, heads = _division(query, divide_heads=(), mesh=current_mesh())
     key, value = (_for_heads(x, query, mesh, heads) for x in (key, value))
     by_token, by_head = PartitionSpec(rows, AXIS), PartitionSpec(heads)
@@ -158,9 +172,7 @@ def ulysses(
     apart = tuple(axis for axis in heads if axis != AXIS)
     divided, by_head, by_row = PartitionSpec(rows, AXIS, apart), PartitionSpec(heads), PartitionSpec(rows)
     added = bias.values if isinstance(bias, BiasByDistance) else bias
-    biases = by_head
-    if added is bias is not None:
-        biases = PartitionSpec(rows if bias.shape[0] > 1 else None, heads)
+    biases = PartitionSpec(rows if added is not None and added.shape[0] > 1 else None, heads)
     alone = Mesh(mesh.devices.reshape(-1)[:1].reshape((1,) * len(AXES)), AXES)
 
     def of_device(

@@ -76,14 +76,14 @@ class BiasByDistance(NamedTuple):
     """A bias of the scores that depends on the distance of key and query only, as T5's does.
 
     Attributes:
-      values: f32 `[heads, queries + keys - 1]`; that of key j for query i is entry j - i + queries - 1.
+      values: f32 `[1, heads, queries + keys - 1]`; that of key j for query i is entry j - i + queries - 1.
     """
 
     values: jax.Array
 
     def dense(self, queries: int, keys: int) -> jax.Array:
         """f32 `[1, heads, queries, keys]`."""
-        return _spread(self.values, queries, keys)[None]
+        return _spread(self.values, queries, keys)
 
 
 def _spread(values: jax.Array, queries: int, keys: int) -> jax.Array:

@@ -82,7 +82,7 @@ class RelativeBias(nn.Module):
     def by_distance(self, queries: int, keys: int) -> BiasByDistance:
         """The same, from which implementations make the parts that they need."""
         distances = jnp.arange(queries + keys - 1, dtype=jnp.int32) - (queries - 1)
-        return BiasByDistance(self._values(distances).T)  # [heads, queries + keys - 1]
+        return BiasByDistance(self._values(distances).T[None])  # [1, heads, queries + keys - 1]
 
     def at(self, query_positions: jax.Array, key_positions: jax.Array) -> jax.Array:
         """Bias for int32 `[batch, queries]` and `[batch, keys]`: f32 `[batch, heads, queries, keys]`."""
