@@ -140,9 +140,9 @@ class Transformer(nn.Module):
         heads = self.heads(encoded, self.embedding) if c.pooler or c.classes or c.masked_head else {}
         return {"encoded": encoded} | heads
 
-    def hidden(self, *tokens: jax.Array, **kwargs: Any) -> jax.Array:
+    def hidden(self, *tokens: jax.Array | None, **kwargs: Any) -> jax.Array:
         """The decoder's output before the head, `[batch, length, embed]`; arguments as for the call."""
-        return self.hidden_and_routers(*tokens, **kwargs, stats=False)[0]
+        return self.hidden_and_routers(*tokens, **kwargs, stats=False)[0]  # type: ignore[arg-type]
 
     def hidden_and_routers(
         self,

@@ -162,7 +162,7 @@ def run_experts(
         return _local(layout, x, choices, parameters, key, mlp, capacity)
 
     specs = jax.tree.map(
-        lambda weights: Weights(*(None if each is None else PartitionSpec(*each) for each in weights)),
+        lambda weights: Weights(*map(_spec, weights)),
         layout.stored,
         is_leaf=_is_weights,
     )
@@ -173,6 +173,10 @@ def run_experts(
         out_specs=tokens,
         check_vma=False,  # kernels do not say over which axes their outputs vary
     )(x, choices, parameters, key)
+
+
+def _spec(axes: Any) -> Any:
+    return None if axes is None else PartitionSpec(*axes)
 
 
 def _is_weights(value: Any) -> bool:

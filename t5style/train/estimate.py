@@ -158,7 +158,7 @@ def estimate(
     else:
         if executable is not None:
             save_executable(compiled, lowered, executable)
-        text = compiled.as_text()
+        text = str(compiled.as_text())
         peak = _peak(compiled, where)
         read = hlo.read_program(text)
         cost = hlo_cost.cost(read, **_speeds(where, mesh))
@@ -234,7 +234,7 @@ def _needed(message: str) -> int | None:
 @contextlib.contextmanager
 def _no_program_cache() -> Iterator[None]:
     """Programs for described devices are not kept: jax could not read them back."""
-    before = jax.config.jax_enable_compilation_cache
+    before = getattr(jax.config, "jax_enable_compilation_cache")  # noqa: B009  (jax declares it for no type checker)
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         yield

@@ -100,7 +100,8 @@ class Plan:
           UserError: libtpu is missing, the slice does not exist, or nothing fits it.
         """
         where = None if self.slice is None else topologies.parse_slice(self.slice)
-        program, found = self.program, []
+        program = self.program
+        found: list[dict[str, Any]] = []
         if self.search is not None:
             program, found = plan_search.search(self.search, program, where, run)
         made = estimate(program, where, run.path / EXECUTABLE_FILE if self.keep_executable else None)
