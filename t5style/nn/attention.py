@@ -211,7 +211,7 @@ def _by_heads(
         own = None if random is None or dropout is None else Dropout(dropout.rate, random)
         if isinstance(bias, BiasByDistance):
             others["bias"] = BiasByDistance(others["bias"])
-        return attention(*arrays, dropout=own, **others, **settings)
+        return attention(*arrays, dropout=own, **others, **settings)  # type: ignore[misc]
 
     return attention_sequence.ulysses(
         query,
