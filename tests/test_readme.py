@@ -138,7 +138,7 @@ def test_every_command_is_known():
     unused = [start for start in RUN if not any(command[: len(start)] == start for command in commands())]
     assert not unused, f"this test has commands that the README does not: {unused}"
     # Only these languages: a command in a block of another one would escape the test.
-    assert set(re.findall(r"^```(\w+)$", README, re.M)) == {"bash", "python", "text"}
+    assert set(re.findall(r"^```(\w+)$", README, re.M)) == {"bash", "python"}
 
 
 def test_installs_name_extras_that_exist():
