@@ -1,6 +1,7 @@
 """Training of models with experts: routers' losses, balancing, figures, and the same on every mesh."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -19,18 +20,23 @@ from t5style.train.schedules import Schedule
 from t5style.train.state import TrainState
 from t5style.train.step import LanguageModelLoss, make_train_step
 from tests.train.mesh_run import MODELS, batch_at
+from tests.train.test_partitioning import compiled_step
 
+KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute"
 LOSSES = {"balance_loss": 0.02, "router_z_loss": 0.003}
 SETTINGS = MoE(8, 2, 16, normalize=True, shared_d_ff=8, **LOSSES)
 
 
 def model(architecture, moe=SETTINGS, **fields):
+    if architecture == "encoder_decoder":
+        fields |= {"encoder_layers": 1, "decoder_layers": 1}
     return MODELS[architecture].replace(moe=moe, **fields)
 
 
 @functools.cache
 def start(config):
-    params = jax.device_get(jax.jit(lambda key: model_params.init_params(config, key))(jax.random.key(1)))
+    params = jax.jit(lambda key: model_params.init_params(config, key))(jax.random.key(1))
+    params = jax.tree.map(np.array, params)
     if config.moe.correction_bias:
         bias = params["decoder"]["moe_layers"]["mlp"]["router_bias"]
         bias[...] = np.random.default_rng(0).normal(size=bias.shape) * 0.01
@@ -96,7 +102,7 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(architecture, sizes):
 def test_experts_of_a_capacity_are_the_same_on_a_mesh():
     """Rows that find no room stay away from the exchange, whose buffers the capacity bounds."""
     moe = MoE(4, 2, 16, capacity_factor=0.75, bias=True, correction_bias=True, router="sigmoid", **LOSSES)
-    config = model("decoder_only", moe)
+    config = model("decoder_only", moe, decoder_layers=1)
     want = alone(config)
     (_, metrics), _ = want
     assert 0 < metrics["moe_dropped"][0] < metrics["moe_dropped"][1]
@@ -117,13 +123,13 @@ def test_ragged_exchange(monkeypatch):
 
     monkeypatch.setattr(platform, "ragged_exchange", lambda: True)
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", moved)
-    config = model("decoder_only")
-    assert_same(gradient(config, MeshConfig(data=2, expert=4)), alone(config))
+    config = model("decoder_only", decoder_layers=1)
+    assert_same(gradient(config, MeshConfig(data=1, expert=4, devices=4)), alone(config))
 
 
 def test_losses_of_routers_are_added_and_padding_does_not_count():
-    config = model("encoder_decoder")
-    batch = batch_at(0, 0, 1, "encoder_decoder")
+    config = model("decoder_only")
+    batch = batch_at(0, 0, 1, "decoder_only")
     loss = jax.jit(lambda params, batch: LanguageModelLoss(config)(params, batch, None))
     total, weight, metrics = loss(start(config), batch)
     plain = {name: pair[0] / pair[1] for name, pair in metrics.items()}
@@ -135,10 +141,8 @@ def test_losses_of_routers_are_added_and_padding_does_not_count():
     assert 0.5 < plain["moe_load_entropy"] <= 1
     assert plain["moe_dropped"] == 0
     # Other tokens where padding is change nothing.
-    other = dict(batch)
-    for side in ("encoder", "decoder"):
-        padding = batch[f"{side}_segment_ids"] == 0
-        other[f"{side}_input_tokens"] = np.where(padding, 7, batch[f"{side}_input_tokens"])
+    padding = batch["decoder_segment_ids"] == 0
+    other = batch | {"decoder_input_tokens": np.where(padding, 7, batch["decoder_input_tokens"])}
     np.testing.assert_allclose(loss(start(config), other)[0], total, rtol=1e-6)
 
 
@@ -180,3 +184,26 @@ def test_experts_that_do_not_divide_are_refused():
             model_params.abstract_params(config),
             MeshConfig(expert=4).build(),
         )
+
+
+@pytest.mark.tpu_aot
+def test_what_a_tpu_slice_exchanges(monkeypatch):
+    """In a layer: tokens by ragged all-to-all, weights gathered, gradients of experts' weights scattered."""
+    pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install 'jax[tpu]'")
+    from jax.experimental import topologies
+
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    config = model("decoder_only", dtype="bfloat16", remat="full", d_model=128)
+    mesh = MeshConfig(data=1, fsdp=2, expert=2).build(devices)
+    text = compiled_step(config, mesh).as_text()
+    assert "tgmm" in text
+    experts = [line for line in text.splitlines() if "/while/body/" in line and "mlp/experts" in line]
+    kinds = {
+        kind
+        for line in experts
+        for kind in re.findall(rf" ({KINDS})(?:-start)?\(", line.split(", metadata")[0])
+    }
+    # The plain all-to-all is of a few numbers: where the ragged one puts its rows.
+    assert kinds == {"all-gather", "reduce-scatter", "ragged-all-to-all", "all-to-all"}
