@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 from etils import epath
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from t5style.models import params as model_params
@@ -149,7 +150,7 @@ def estimate(
     limit = None if where is None else where.chip.usable_hbm_bytes // where.chip.devices
     text, cost, activations = "", None, 0
     try:
-        with contextlib.nullcontext() if where is None else _no_program_cache():
+        with _no_program_cache() if where or executable else contextlib.nullcontext():
             compiled = program.mesh.compile(lowered)
     except jax.errors.JaxRuntimeError as error:
         peak = _needed(str(error))
@@ -233,13 +234,17 @@ def _needed(message: str) -> int | None:
 
 @contextlib.contextmanager
 def _no_program_cache() -> Iterator[None]:
-    """Programs for described devices are not kept: jax could not read them back."""
-    before = getattr(jax.config, "jax_enable_compilation_cache")  # noqa: B009  (jax declares it for no type checker)
+    """Without jax's cache of programs on disk: those for described devices cannot be read back from it, and a
+    CPU's program that was cannot be serialised again.
+    """
+    before = getattr(jax.config, "jax_enable_compilation_cache")  # noqa: B009  (jax declares no types)
     jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # or jax goes by what it found at its first compilation
     try:
         yield
     finally:
         jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def _kept(read: hlo.Program, abstract: Any, shardings: Any) -> int:
