@@ -53,6 +53,11 @@ def execute(job: Any, folder: str, text: ConfigText | None = None) -> dict[str, 
             given = _bare(text.given) if text is not None else []
             configuration = run_dir.fingerprint([job, given, folder])
             processes.check_same({"configuration": configuration, **identity.program()})
+            import jax
+
+            # Devices come up on all processes together or not at all: of a job that process 0 does alone, its
+            # use of a device would wait for the others' in vain.
+            jax.devices()
     run = RunDir(folder)
     with run.lock():
         try:

@@ -86,12 +86,17 @@ def test_rules_change_the_table():
             {"heads": 6},
             "its axis 'heads' of size 6 does not divide by tensor=4. Choose tensor among 1, 2, 3",
         ),
-        (MeshConfig(data=4, stage=2), {}, "stage=2 divides nothing in this model.*set stage=1"),
     ],
 )
 def test_what_does_not_divide_is_refused(mesh, sizes, words):
     with pytest.raises(ValueError, match=words):
         specs(mesh, **sizes)
+
+
+def test_an_axis_that_divides_nothing_is_refused():
+    """Stages divide stacked layers; this model has none."""
+    with pytest.raises(ValueError, match=r"stage=2 divides nothing in this model.*set stage=1"):
+        param_shardings({"w": ("embed", "mlp")}, {"w": jnp.ones((8, 8))}, MeshConfig(data=4, stage=2).build())
 
 
 def test_a_copy_on_each_device_must_be_asked_for():
