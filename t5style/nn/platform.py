@@ -109,10 +109,9 @@ def grouped_product() -> str:
     layers of Mixtral 8x7B with 12 rows of 4096 a device takes 44.2 GB on v5p and 3.06 s by the compiler's
     cycles, and with the Pallas kernels 32.5 GB and 0.98 s. They take bfloat16 only; other types have
     ragged_dot.
-    CPU: XLA multiplies every row by every group's
-    weight, and loops over blocks of rows are faster at every size. Forwards, ms of CPU time, f32, width 512
-    (a single product of as many rows takes the last figure), experts of width 1024 where there are 8, 256
-    where 64:
+    CPU: XLA multiplies every row by every group's weight, and loops over blocks of rows are faster at every
+    size. Forwards, ms of CPU time, f32, width 512 (a single product of as many rows takes the last figure),
+    experts of width 1024 where there are 8, 256 where 64:
     4096 rows, 8 experts: ragged_dot 428, a masked scan over experts 366, blocks 57 (38); with the gradient
     1359, 1209, 250 (139). 4096 rows, 64 experts: 1138, 499, 28 (11); with the gradient 3177, 2392, 115 (57).
     Decoding, 8 rows, 64 experts: 25, 10, 0.5, and a gather of each row's weights 0.8; 16 rows, 8 experts in

@@ -105,6 +105,12 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(architecture, sizes):
     assert_same(gradient(config, MeshConfig(**sizes)), alone(config))
 
 
+@pytest.mark.parametrize("fields", [{"remat": "full"}, {"scan_layers": False, "remat": "mlp"}], ids=str)
+def test_scan_and_remat_change_nothing(fields):
+    config = model("decoder_only")
+    assert_same(gradient(config.replace(**fields)), alone(config))
+
+
 def test_experts_of_a_capacity_are_the_same_on_a_mesh():
     """Rows that find no room stay away from the exchange, whose buffers the capacity bounds."""
     moe = MoE(4, 2, 16, capacity_factor=0.75, bias=True, correction_bias=True, router="sigmoid", **LOSSES)
