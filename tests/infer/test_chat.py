@@ -1,5 +1,6 @@
 """The terminal chat: in a pipe and in a terminal, its commands, what it forgets, and what it keeps."""
 
+import codecs
 import importlib.util
 import io
 import json
@@ -284,6 +285,7 @@ def test_a_person_at_a_terminal(saved, tmp_path):
     )
     os.close(theirs)
     seen = ""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a read may end inside a character
 
     def wait(pattern):
         nonlocal seen
@@ -291,7 +293,7 @@ def test_a_person_at_a_terminal(saved, tmp_path):
         while not (match := re.search(pattern, seen)):
             ready, _, _ = select.select([ours], [], [], end - time.monotonic())
             assert ready, f"no {pattern!r} in {seen!r}"
-            seen += os.read(ours, 4096).decode(errors="replace")
+            seen += decoder.decode(os.read(ours, 4096))
         seen = seen[match.end() :]
 
     try:
