@@ -128,14 +128,12 @@ class Stack(nn.Module):
             shared["chunks"] = jnp.broadcast_to(chunks, x.shape[:2])
 
         def layer(
-            params: Any, state: tuple[jax.Array, Any], key: jax.Array | None, kind: LayerKind
-        ) -> tuple[tuple[jax.Array, Any], RouterStats | None]:
-            x, shared = state
+            params: Any, x: jax.Array, shared: dict[str, Any], key: jax.Array | None, kind: LayerKind
+        ) -> tuple[jax.Array, RouterStats | None]:
             rngs = None if key is None else {"dropout": key}
-            x, router = self._layer(kind).apply(
+            return self._layer(kind).apply(
                 {"params": params}, x, **shared, deterministic=deterministic, stats=stats, rngs=rngs
             )
-            return (x, shared), router
 
         keys = None
         if c.dropout and not deterministic:

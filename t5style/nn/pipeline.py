@@ -44,7 +44,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -160,7 +160,7 @@ def check_layers(kinds: Sequence[Hashable], plan: Schedule, what: str = "layers"
 
 
 def run_stack(
-    layer: Layer[tuple[jax.Array, dict[str, Any]]],
+    layer: Callable[..., tuple[jax.Array, Output]],
     params: Mapping[str, Any],
     x: jax.Array,
     shared: Mapping[str, Any],
@@ -179,7 +179,7 @@ def run_stack(
     given layer by layer.
 
     Args:
-      layer: `layer(params, (x, shared), key, kind)` gives ((x, shared), output); shared stays as it is.
+      layer: `layer(params, x, shared, key, kind)` gives (x, output).
       params, order, keys, policy, scan: see run_layers.
       x: `[batch, length, embed]`.
       shared: what all layers get, trees of arrays: of `[batch, ...]` a microbatch gets its rows, others it
@@ -202,14 +202,13 @@ def run_stack(
         or x.shape[0] % plan.microbatches
         or any(isinstance(group, tuple) for group in params.values())
     ):
-        (x, _), outputs = run_layers(layer, params, (x, dict(shared)), order=order, keys=keys, **settings)
-        return x, outputs
+        return run_layers(_closed(layer, shared), params, x, order=order, keys=keys, **settings)
     check_layers([kind for _, kind in order], plan)
     return _run(layer, params, x, shared, plan, order, keys, settings, pipeline.remat, follow)
 
 
 def _run(
-    layer: Layer[Any],
+    layer: Callable[..., tuple[jax.Array, Output]],
     params: Mapping[str, Any],
     x: jax.Array,
     shared: Mapping[str, Any],
@@ -263,8 +262,7 @@ def _run(
         ]
         everything = dict(jax.tree.unflatten(tree, mine)) | along
         inner = dict(settings) | ({"policy": "none"} if remat_of == "iteration" else {})
-        (x, _), outputs = run_layers(layer, parts, (x, everything), order=group, keys=drawn, **inner)
-        return x, outputs
+        return run_layers(_closed(layer, everything), parts, x, order=group, keys=drawn, **inner)
 
     together = jax.vmap(stage, spmd_axis_name=AXIS)
     if remat_of != "layer":
@@ -315,6 +313,17 @@ def _run(
     return constrain(x, ("rows", "length", "embed")), jax.tree.map(
         functools.partial(_in_order, plan=plan), outputs
     )
+
+
+def _closed(layer: Callable[..., tuple[jax.Array, Output]], shared: Mapping[str, Any]) -> Layer[jax.Array]:
+    """The layer of run_layers. What it closes over is no part of a loop's state, so that with rematerialisation
+    no iteration keeps a copy of it.
+    """
+
+    def closed(params: Any, x: jax.Array, key: jax.Array | None, kind: Hashable) -> tuple[jax.Array, Output]:
+        return layer(params, x, dict(shared), key, kind)
+
+    return closed
 
 
 def _split(leaf: jax.Array, microbatches: int, ways: int) -> jax.Array:

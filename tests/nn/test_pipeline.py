@@ -16,15 +16,14 @@ ROWS, LENGTH, WIDTH = 16, 2, 4
 MESHES = {stages: MeshConfig(data=8 // stages, stage=stages) for stages in (1, 2, 4)}
 
 
-def layer(params, state, key, kind):
+def layer(params, x, shared, key, kind):
     """Uses all that a layer may get: what travels, is looked up by row, is whole, a key; gives a sum over
     rows."""
-    x, shared = state
     y = jnp.sin(x @ params["kernel"]) + shared["encoded"].mean(axis=1, keepdims=True) * shared["whole"]
     y = y * shared["segments"][..., None] * (2.0 if kind == "b" else 1.0)
     if key is not None:
         y = y + 0.1 * jax.random.normal(key, ())
-    return (x + y, shared), {"sum": y.sum()}
+    return x + y, {"sum": y.sum()}
 
 
 def inputs(layers):
