@@ -100,13 +100,14 @@ class Plan:
           UserError: libtpu is missing, the slice does not exist, or nothing fits it.
         """
         where = None if self.slice is None else topologies.parse_slice(self.slice)
-        program = self.program
+        program, made = self.program, None
         found: list[dict[str, Any]] = []
         if self.search is not None:
-            program, found = plan_search.search(self.search, program, where, run)
-        made = estimate(program, where, run.path / EXECUTABLE_FILE if self.keep_executable else None)
+            program, made, found = plan_search.search(self.search, program, where, run)
+        if made is None or self.keep_executable:
+            made = estimate(program, where, run.path / EXECUTABLE_FILE if self.keep_executable else None)
         bill = plan_report.bill(made, where, self.tokens, self.chip_hour_price)
-        text = plan_report.report(program, made, where, bill)
+        text = plan_report.report(program, made, where, bill, found)
         figures = made.to_json() | {"slice": self.slice, "bill": bill}
         if found:
             figures["front"] = found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import rich.console
@@ -30,10 +31,18 @@ def bill(
     return figures
 
 
-def report(program: TrainingProgram, made: Estimate, where: Slice | None, cost: dict[str, float]) -> str:
-    """The whole report as plain text."""
+def report(
+    program: TrainingProgram,
+    made: Estimate,
+    where: Slice | None,
+    cost: dict[str, float],
+    compiled: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """The whole report as plain text; compiled: what a search found (plan_search.search)."""
     out = rich.console.Console(file=io.StringIO(), width=110, color_system=None)
     name = "this machine" if where is None else str(where)
+    if compiled:
+        out.print(_search(compiled))
     out.print(
         f"{made.parameters:,} parameters on {name}, {made.mesh}; a step of {program.batch_size:,} rows, "
         f"{made.tokens:,} tokens, {made.model_flops:.4g} model FLOPs (causal attention counted by half, "
@@ -58,6 +67,22 @@ def report(program: TrainingProgram, made: Estimate, where: Slice | None, cost: 
         highlight=False,
     )
     return out.file.getvalue()  # type: ignore[attr-defined]
+
+
+def _search(compiled: Sequence[Mapping[str, Any]]) -> Any:
+    rows = [
+        [
+            row["words"],
+            "-" if row["step_seconds"] is None else f"{row['step_seconds']:.3f}",
+            "-" if row["compute_seconds"] is None else f"{row['compute_seconds']:.3f}",
+            "-" if row["mfu"] is None else f"{row['mfu']:.1%}",
+            format_bytes(row["peak_bytes"]),
+            "front" if row["front"] else "" if row["fits"] else "does NOT fit",
+        ]
+        for row in compiled
+    ]
+    columns = ["compiled, the fastest a token first", "s a step", "communication hidden", "MFU", "peak", ""]
+    return console.make_table("Search", columns, rows)
 
 
 def _memory(made: Estimate) -> Any:

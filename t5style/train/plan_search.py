@@ -7,6 +7,7 @@ compiler says of them decides. The model is coarse: it only has to keep the good
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -18,6 +19,7 @@ from t5style.models import params as model_params
 from t5style.models.config import TransformerConfig
 from t5style.nn import remat
 from t5style.nn.settings import AttentionBlocks
+from t5style.parallel import identity
 from t5style.parallel.explain import format_bytes
 from t5style.parallel.mesh import AXES, MeshConfig
 from t5style.parallel.topologies import Slice
@@ -161,10 +163,13 @@ def guess(program: TrainingProgram, where: Slice) -> Guess:
 
 def search(
     knobs: Search, program: TrainingProgram, where: Slice | None, run: run_dir.RunDir
-) -> tuple[TrainingProgram, list[dict[str, Any]]]:
-    """The best program found, and the front: those of which none other is both faster and smaller.
+) -> tuple[TrainingProgram, Estimate | None, list[dict[str, Any]]]:
+    """The best program found, what the compiler says of it, and figures of all that were compiled, the fastest
+    first; those on the front, than which none other is both faster and smaller, are marked.
 
-    Writes front.json (all that were compiled) and best.gin, which a training configuration includes.
+    Writes front.json (these figures, after each candidate) and best.gin, which a training configuration
+    includes. What a search that was interrupted has compiled is not compiled again by the same code and
+    libraries; if the best one is among that, its estimate is None.
 
     Raises:
       UserError: no candidate divides or fits.
@@ -182,55 +187,71 @@ def search(
     able = [pair for pair in guessed if pair[0].memory <= 1.25 * limit]
     able = able or [min(guessed, key=lambda pair: pair[0].memory)]
     able.sort(key=lambda pair: pair[0].seconds / pair[1].batch_size)
-    chosen = able[: knobs.compiled]
+    chosen = [each for _, each in able[: knobs.compiled]]
     console.say(
         f"{len(guessed)} candidates, of which {len(able)} may fit {format_bytes(limit)}: compiling "
         f"{len(chosen)}"
     )
-    made: list[tuple[TrainingProgram, Estimate]] = []
+    before = _compiled_before(run)
+    rows: list[dict[str, Any]] = []
+    best: tuple[dict[str, Any], TrainingProgram, Estimate | None] | None = None
     with console.progress("compiling", len(chosen), "programs") as bar:
-        for number, (_, each) in enumerate(chosen):
-            found = estimate(each, where)
-            made.append((each, found))
+        for number, each in enumerate(chosen):
+            key, made = _key(each, where), None
+            if (row := before.get(key)) is None:
+                made = estimate(each, where)
+                row = _row(key, each, made, where)
+            row["fits"] = bool(row["step_seconds"]) and row["peak_bytes"] <= limit
+            rows.append(row)
+            if row["fits"] and (best is None or _per_token(row) < _per_token(best[0])):
+                best = row, each, made
             bar.advance()
-            console.say(f"{number + 1}: {describe(each, where)}: {_figures(found)}")
+            console.say(f"{number + 1}: {describe(each, where)}: {_figures(row)}")
+            for one in rows:
+                one["front"] = one["fits"] and not any(_dominates(other, one) for other in rows)
+            rows.sort(key=_per_token)
             # Written each time: a search that is interrupted has told what it found.
-            table = [_row(one, what, where) for one, what in made]
-            run_dir.atomic_write(run.path / FRONT_FILE, json.dumps(table, indent=1))
-    fitting = [(one, what) for one, what in made if what.memory.peak <= limit and what.step_seconds]
-    if not fitting:
-        least = min(made, key=lambda pair: pair[1].memory.peak)
+            run_dir.atomic_write(run.path / FRONT_FILE, json.dumps(rows, indent=1))
+    if best is None:
+        least = min(rows, key=lambda row: row["peak_bytes"])
         raise run_dir.UserError(
             f"nothing that was compiled fits {format_bytes(limit)} of {where}: the smallest, "
-            f"{describe(least[0], where)}, needs {format_bytes(least[1].memory.peak)}. Search smaller "
+            f"{least['words']}, needs {format_bytes(least['peak_bytes'])}. Search smaller "
             "batch_sizes, larger accumulations, remats=['full'], or a larger slice."
         )
-    best = min(fitting, key=_per_token)[0]
-    front = [
-        _row(one, what, where)
-        for one, what in sorted(fitting, key=_per_token)
-        if not any(_dominates(other, what) for _, other in fitting)
-    ]
-    run_dir.atomic_write(run.path / BEST_FILE, gin_file(best, where))
-    return best, front
+    _, found, made = best
+    run_dir.atomic_write(run.path / BEST_FILE, gin_file(found, where))
+    return found, made, rows
 
 
-def _per_token(pair: tuple[TrainingProgram, Estimate]) -> float:
-    return (pair[1].step_seconds or math.inf) / pair[1].tokens
+def _key(program: TrainingProgram, where: Slice) -> str:
+    """12 hex digits of all that an estimate depends on: the candidate, the slice, the code, the libraries."""
+    text = repr((program, str(where), sorted(identity.program().items())))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _dominates(one: Estimate, other: Estimate) -> bool:
-    ours = ((one.step_seconds or 0) / one.tokens, one.memory.peak)
-    theirs = ((other.step_seconds or 0) / other.tokens, other.memory.peak)
+def _compiled_before(run: run_dir.RunDir) -> dict[str, dict[str, Any]]:
+    """By key, the rows that an interrupted search has left; none if they cannot be read."""
+    try:
+        return {row["key"]: row for row in json.loads((run.path / FRONT_FILE).read_text())}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _per_token(row: Mapping[str, Any]) -> float:
+    return (row["step_seconds"] or math.inf) / row["tokens"]
+
+
+def _dominates(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    ours, theirs = ((_per_token(row), row["peak_bytes"]) for row in (one, other))
     return all(a <= b for a, b in zip(ours, theirs, strict=True)) and ours != theirs
 
 
-def _figures(made: Estimate) -> str:
-    if made.step_seconds is None:
-        return f"needs {format_bytes(made.memory.peak)}"
-    return (
-        f"{made.step_seconds:.3f} s, MFU {made.mfu(made.step_seconds):.1%}, {format_bytes(made.memory.peak)}"
-    )
+def _figures(row: Mapping[str, Any]) -> str:
+    needs = format_bytes(row["peak_bytes"])
+    if row["step_seconds"] is None:
+        return f"needs {needs}"
+    return f"{row['step_seconds']:.3f} s, MFU {row['mfu']:.1%}, {needs}"
 
 
 def describe(program: TrainingProgram, where: Slice) -> str:
@@ -253,14 +274,17 @@ def changed(record: Any) -> dict[str, Any]:
     }
 
 
-def _row(program: TrainingProgram, made: Estimate, where: Slice) -> dict[str, Any]:
+def _row(key: str, program: TrainingProgram, made: Estimate, where: Slice) -> dict[str, Any]:
     return {
+        "key": key,
+        "words": describe(program, where),
         "mesh": program.mesh.sizes(where.num_devices),
         "remat": program.model.remat,
         "batch_size": program.batch_size,
         "accumulation": program.accumulation,
         "attention_blocks": changed(program.model.attention_blocks),
         "compiler_options": dict(program.mesh.compiler_options),
+        "tokens": made.tokens,
         "step_seconds": made.step_seconds,
         "compute_seconds": made.compute_seconds,
         "mfu": made.mfu(made.step_seconds),

@@ -154,7 +154,7 @@ def test_candidates_divide():
 
 
 @pytest.mark.tpu_aot
-def test_a_plan_for_a_slice_and_a_search(tpu, tmp_path):
+def test_a_plan_for_a_slice_and_a_search(tpu, tmp_path, monkeypatch):
     run = RunDir(tmp_path).create()
     knobs = Search(meshes=[MeshConfig(data=1, fsdp=4)], remats=("full", "none"), compiled=2)
     job = Plan(
@@ -167,6 +167,11 @@ def test_a_plan_for_a_slice_and_a_search(tpu, tmp_path):
         search=knobs,
     )
     figures = job(run)
+    compiled = []
+    again = lambda program, *more: compiled.append(program) or estimate(program, *more)  # noqa: E731
+    monkeypatch.setattr(plan_search, "estimate", again)
+    plan_search.search(knobs, job.program, topologies.parse_slice("v5e-4"), run)
+    assert not compiled  # as after an interruption: what is in front.json is not compiled again
     plan = json.loads((tmp_path / PLAN_FILE).read_text())
     assert 0 < figures["mfu"] < 1
     assert figures["peak_bytes"] < 16 << 30
@@ -179,6 +184,8 @@ def test_a_plan_for_a_slice_and_a_search(tpu, tmp_path):
     by_remat = {row["remat"]: row for row in front}
     assert by_remat["none"]["peak_bytes"] > by_remat["full"]["peak_bytes"]
     assert by_remat["none"]["compute_seconds"] < by_remat["full"]["compute_seconds"]
+    assert all(row["front"] and row["fits"] for row in front)
+    assert "front" in (tmp_path / "plan.txt").read_text()
     best = (tmp_path / BEST_FILE).read_text()
     assert "config.TransformerConfig.remat = 'none'" in best
     assert "mesh.MeshConfig.fsdp = 4" in best
