@@ -316,8 +316,8 @@ def _run(
 
 
 def _closed(layer: Callable[..., tuple[jax.Array, Output]], shared: Mapping[str, Any]) -> Layer[jax.Array]:
-    """The layer of run_layers. What it closes over is no part of a loop's state, so that with rematerialisation
-    no iteration keeps a copy of it.
+    """A layer for run_layers. What it closes over is no part of a loop's state, so that no iteration keeps a
+    copy of it for rematerialisation.
     """
 
     def closed(params: Any, x: jax.Array, key: jax.Array | None, kind: Hashable) -> tuple[jax.Array, Output]:

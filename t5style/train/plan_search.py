@@ -164,8 +164,8 @@ def guess(program: TrainingProgram, where: Slice) -> Guess:
 def search(
     knobs: Search, program: TrainingProgram, where: Slice | None, run: run_dir.RunDir
 ) -> tuple[TrainingProgram, Estimate | None, list[dict[str, Any]]]:
-    """The best program found, what the compiler says of it, and figures of all that were compiled, the fastest
-    first; those on the front, than which none other is both faster and smaller, are marked.
+    """The best program found, what the compiler says of it, and figures of all that were compiled, the
+    fastest first; those on the front, than which none other is both faster and smaller, are marked.
 
     Writes front.json (these figures, after each candidate) and best.gin, which a training configuration
     includes. What a search that was interrupted has compiled is not compiled again by the same code and
