@@ -9,6 +9,7 @@ Macros that a file leaves to its user (unset, or %gin.REQUIRED) get the values i
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import re
 import shlex
@@ -21,7 +22,11 @@ from t5style import launch, run_dir
 from t5style.corpus.vocabulary import ByteVocabulary
 from t5style.data.objectives import DECODER_ONLY, ENCODER_DECODER, Windowed
 from t5style.data.task import Mixture
+from t5style.nn.settings import AttentionBlocks
+from t5style.parallel import topologies
+from t5style.parallel.mesh import MeshConfig
 from t5style.settings import REQUIRED, Macro, Settings
+from t5style.train import plan_search
 from t5style.train.pretrain import Pretrain
 from tests import helpers
 
@@ -147,6 +152,32 @@ def test_pieces_compose(files, monkeypatch):
         assert "encoder" in job.lengths or architecture == DECODER_ONLY
         if isinstance(task.objective, Windowed):
             assert task.objective.window(job.lengths, architecture, ByteVocabulary()) > 1
+
+
+@pytest.mark.parametrize("optimizer", ["gin/optim/adamw.gin", "gin/optim/adafactor.gin"])
+def test_a_plan_is_of_the_training_of_the_same_files_and_training_takes_what_it_finds(
+    optimizer, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(helpers.ROOT)
+    files = pretraining(data="gin/data/causal_lm.gin", optim=optimizer)
+    trained = launch.load(files, with_samples(files, [])).job
+    files[-1] = "gin/runs/plan.gin"
+    files.remove("gin/data/causal_lm.gin")
+    planned = launch.load(files, ["SLICE='v5e-8'", "LENGTHS={'decoder': 1024}"]).job
+    assert isinstance(trained, Pretrain)
+    assert planned.program == trained.program
+    found = dataclasses.replace(
+        planned.program,
+        model=planned.program.model.replace(remat="qkv", attention_blocks=AttentionBlocks(block_q=256)),
+        batch_size=64,
+        accumulation=2,
+        mesh=MeshConfig(data=1, fsdp=4, tensor=2, compiler_options={"xla_tpu_scoped_vmem_limit_kib": 49152}),
+    )
+    best = tmp_path / "best.gin"
+    best.write_text(plan_search.gin_file(found, topologies.parse_slice("v5e-8")))
+    files[-1:] = ["gin/data/causal_lm.gin", str(best)]
+    files.remove("gin/mesh/single.gin")
+    assert launch.load(files, with_samples(files, [])).job.program == found
 
 
 def test_there_are_gin_files_and_the_quickstart_is_one():

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from t5style import console, run_dir
-from t5style.models.config import TransformerConfig
 from t5style.parallel import topologies
 from t5style.parallel.explain import format_bytes
-from t5style.parallel.mesh import MeshConfig
-from t5style.parallel.rules import Rules
 from t5style.train import plan_report, plan_search
 from t5style.train.estimate import estimate
-from t5style.train.optimizer import Optimizer
 from t5style.train.plan_search import Search
 from t5style.train.program import TrainingProgram
 
@@ -31,8 +27,7 @@ class Plan:
     Writes plan.json, plan.txt and program.hlo.txt into the run folder.
 
     Attributes:
-      model, lengths, batch_size, optimizer, mesh, rules, accumulation, label_smoothing, z_loss: as those of
-        pretrain.Pretrain.
+      program: the training step; what pretrain.Pretrain has the fields of.
       slice: 'v5e-256', 'v5p-128', '2xv5e-256', 'v5p:4x4x4' (see parallel/topologies.py), or None for the
         devices of this machine.
       tokens: how many to train on, for time, chip-hours and cost.
@@ -41,16 +36,8 @@ class Plan:
       keep_executable: also write the compiled step, for pretrain.Pretrain.executable.
     """
 
-    model: TransformerConfig
-    lengths: Mapping[str, int]
-    batch_size: int
+    program: TrainingProgram
     slice: str | None = None
-    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    rules: Rules = dataclasses.field(default_factory=Rules)
-    accumulation: int = 1
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
     tokens: float | None = None
     chip_hour_price: float | None = None
     search: Search | None = None
@@ -59,9 +46,6 @@ class Plan:
     distributed: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulation"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
         for name in ("tokens", "chip_hour_price"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -73,25 +57,11 @@ class Plan:
         """Nothing is read."""
         return []
 
-    @property
-    def program(self) -> TrainingProgram:
-        """What is compiled; training with the same settings runs the same."""
-        return TrainingProgram(
-            model=self.model,
-            lengths=self.lengths,
-            batch_size=self.batch_size,
-            optimizer=self.optimizer,
-            mesh=self.mesh,
-            rules=self.rules,
-            accumulation=self.accumulation,
-            label_smoothing=self.label_smoothing,
-            z_loss=self.z_loss,
-        )
-
     def dry_run(self, run: run_dir.RunDir) -> None:
         """Says what would be compiled."""
         name = self.slice or "this machine"
-        console.say(f"would compile a step of {self.batch_size} rows x {dict(self.lengths)} for {name}")
+        program = self.program
+        console.say(f"would compile a step of {program.batch_size} rows x {program.sides()} for {name}")
 
     def __call__(self, run: run_dir.RunDir) -> dict[str, Any]:
         """Plans; returns the main figures.

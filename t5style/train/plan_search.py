@@ -293,16 +293,21 @@ def _row(key: str, program: TrainingProgram, made: Estimate, where: Slice) -> di
 
 
 def gin_file(program: TrainingProgram, where: Slice) -> str:
-    """The choice as a gin file, to be included in place of one of gin/mesh/."""
+    """The choice as a gin file, which trains in place of gin/runs/pretrain.gin and of one of gin/mesh/.
+
+    It includes the former, because a file may override only what it includes.
+    """
     sizes = program.mesh.sizes(where.num_devices)
     lines = [
         f"# Found by a plan for {where}: {describe(program, where)}.",
-        "# Include it in place of a file of gin/mesh/.",
+        "# Use it in place of gin/runs/pretrain.gin and of a file of gin/mesh/.",
         "from __gin__ import dynamic_registration",
         "",
         "from t5style.models import config",
         "from t5style.nn import settings",
         "from t5style.parallel import mesh",
+        "",
+        "include 'gin/runs/pretrain.gin'",
         "",
         f"BATCH_SIZE = {program.batch_size}",
         f"ACCUMULATION = {program.accumulation}",

@@ -126,27 +126,17 @@ class Pretrain:
 
     def __post_init__(self) -> None:
         self.options()
-        for name in ("batch_size", "accumulation", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+        self.program.sides()  # which checks the program's fields
+        if self.keep < 1:
+            raise ValueError(f"keep is {self.keep}; it must be 1 or more.")
         for name in ("eval_batches", "eval_batch_size", "keep_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be 1 or more, or None.")
-        if self.batch_size % self.accumulation:
-            raise ValueError(
-                f"batch_size is {self.batch_size} and accumulation {self.accumulation}: the batch cannot be "
-                "cut into "
-                "that many equal microbatches. Make batch_size a multiple of accumulation."
-            )
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing is {self.label_smoothing}; it must lie in [0, 1).")
         if self.eval_split is None and (self.keep_best or "").startswith("eval/"):
             raise ValueError(
                 f"keep_best is {self.keep_best!r}, but with eval_split None nothing is evaluated."
             )
-        if self.z_loss < 0:
-            raise ValueError(f"z_loss is {self.z_loss}; it must be 0 or more.")
 
     def options(self) -> LoopOptions:
         """The loop's options."""

@@ -46,6 +46,21 @@ class TrainingProgram:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
 
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulation"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"batch_size is {self.batch_size} and accumulation {self.accumulation}: the batch cannot be "
+                "cut into that many equal microbatches. Make batch_size a multiple of accumulation."
+            )
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing is {self.label_smoothing}; it must lie in [0, 1).")
+        if self.z_loss < 0:
+            raise ValueError(f"z_loss is {self.z_loss}; it must be 0 or more.")
+        self.sides()
+
     def sides(self) -> dict[str, int]:
         """The lengths that the model reads, by side.
 

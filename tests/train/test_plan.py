@@ -53,7 +53,7 @@ def test_the_program_is_the_one_that_training_lowers():
 
 def test_a_plan_for_this_machine(tmp_path):
     config = small(remat="full")
-    job = Plan(config, {"decoder": 64}, 8, mesh=MeshConfig(fsdp=-1, data=1), tokens=1e6)
+    job = Plan(program(config), tokens=1e6)
     figures = job(RunDir(tmp_path).create())
     plan = json.loads((tmp_path / PLAN_FILE).read_text())
     memory = plan["memory"]
@@ -110,23 +110,30 @@ def test_remat_and_batch_show_in_memory():
         ({"slice": "v5e-255"}, "v5e-256"),
         ({"slice": "v7x-4"}, "tpu7x"),
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"accumulation": 3}, "batch_size is 8 and accumulation 3"),
+        ({"lengths": {"encoder": 64}}, "also needs 'decoder'"),
         ({"tokens": -1.0}, "tokens is -1.0"),
         ({"chip_hour_price": 0.0}, "chip_hour_price is 0.0"),
     ],
 )
 def test_bad_values(changes, sentence):
-    given = {"model": small(), "lengths": {"decoder": 64}, "batch_size": 8} | changes
+    step = {
+        name: changes.pop(name)
+        for name in list(changes)
+        if name not in ("slice", "tokens", "chip_hour_price")
+    }
+    given = {"model": small(), "lengths": {"decoder": 64}, "batch_size": 8} | step
     with pytest.raises((ValueError, UserError), match=sentence):
-        Plan(**given)
+        Plan(TrainingProgram(**given), **changes)
 
 
 def test_a_mesh_that_does_not_divide_is_said_before_anything_is_compiled(tmp_path, monkeypatch):
     monkeypatch.setattr(TrainingProgram, "compile", None)
-    job = Plan(small(), {"decoder": 64}, 9, mesh=MeshConfig(fsdp=-1, data=1))
+    job = Plan(program(small(), rows=9))
     with pytest.raises(ValueError, match="batch of 9 rows"):
         job(RunDir(tmp_path).create())
     with pytest.raises(UserError, match="a search needs a slice"):
-        Plan(small(), {"decoder": 64}, 8, search=Search())(RunDir(tmp_path))
+        Plan(program(small()), search=Search())(RunDir(tmp_path))
 
 
 def test_the_analytic_model_orders_memory_as_the_compiler_does():
@@ -158,9 +165,7 @@ def test_a_plan_for_a_slice_and_a_search(tpu, tmp_path, monkeypatch):
     run = RunDir(tmp_path).create()
     knobs = Search(meshes=[MeshConfig(data=1, fsdp=4)], remats=("full", "none"), compiled=2)
     job = Plan(
-        small(dtype="bfloat16"),
-        {"decoder": 256},
-        16,
+        program(small(dtype="bfloat16"), rows=16, length=256),
         "v5e-4",
         tokens=1e9,
         chip_hour_price=1.2,
@@ -193,13 +198,8 @@ def test_a_plan_for_a_slice_and_a_search(tpu, tmp_path, monkeypatch):
 
 @pytest.mark.tpu_aot
 def test_what_does_not_fit_says_what_takes_the_memory_and_what_would_help(tpu, tmp_path):
-    job = Plan(
-        small(dtype="bfloat16", vocab_size=65536, decoder_layers=2),
-        {"decoder": 8192},
-        16,
-        "v5e-1",
-        mesh=MeshConfig(data=1),
-    )
+    config = small(dtype="bfloat16", vocab_size=65536, decoder_layers=2)
+    job = Plan(program(config, MeshConfig(data=1), rows=16, length=8192), "v5e-1")
     with pytest.raises(UserError, match=r"does not fit v5e-1: it needs .* has 15.75 GiB"):
         job(RunDir(tmp_path).create())
     text = (tmp_path / "plan.txt").read_text()
