@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from t5style.report import charts, evaluation
+from t5style.report import charts, evaluation, planning
 from t5style.report.stage import Stage
 from t5style.run_dir import RunDir
 
@@ -34,6 +34,7 @@ def build(stages: list[Stage]) -> dict[str, Any]:
         "data": [card for stage in stages if (card := data_card(stage))],
         "stores": [store for stage in stages if (store := token_store(stage))],
         "training": [part for stage in stages if (part := training(stage, figures))],
+        "plans": planning.plans(stages, figures),
         "evaluations": [part for stage in stages for part in evaluation.evaluations(stage, figures)],
         "samples": [group for stage in stages for group in evaluation.samples(stage)],
         "vocabularies": [facts for stage in stages if (facts := vocabulary(stage))],

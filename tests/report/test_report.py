@@ -260,6 +260,48 @@ def test_differences_are_called_real_only_beyond_two_standard_errors(stages):
     }
 
 
+def plan(**changes):
+    """plan.json as t5style/train/estimate.py describes it, with two candidates of a search."""
+    memory = {"parameters": 4e8, "optimizer": 8e8, "gradients": 4e8, "activations": 3e9, "temporaries": -1.0}
+    row = {"words": "fsdp 64, remat <full>", "step_seconds": 0.5, "compute_seconds": 0.4, "mfu": 0.55}
+    row |= {"tokens": 1000, "peak_bytes": 5e9, "fits": True, "front": True}
+    plan = {
+        "slice": "v5p-128",
+        "mesh": "fsdp 64",
+        "parameters": 7_000_000_000,
+        "tokens": 1000,
+        "step_seconds": 0.5,
+        "mfu": 0.55,
+        "tokens_per_second": 2000.0,
+        "memory": memory | {"peak": 4.6e9, "limit": 95e9},
+        "cost": {"categories": {"matmul": 0.3, "kernel": 0.1}, "exposed_seconds": 0.1},
+        "bill": {"tokens": 1e9, "hours": 138.9, "chip_hours": 8889.0},
+        "front": [
+            row,
+            row | {"words": "fsdp 64, remat none", "step_seconds": None, "mfu": None, "fits": False},
+        ],
+    }
+    return plan | changes
+
+
+def test_a_plan_and_its_search_are_told_and_drawn(stages, tmp_path):
+    without = {"step_seconds": None, "mfu": None, "tokens_per_second": None, "bill": {}, "front": []}
+    for name, content in (("chosen", plan()), ("cpu", plan(slice=None, **without))):
+        run = RunDir(tmp_path / "run").child(name).create()
+        (run.path / "plan.json").write_text(json.dumps(content))
+        run.write_manifest(Job(name))
+        stages[name] = str(run.path)
+    text = page(stages, tmp_path)
+    for words in ("chip-hours", "Plans", "remat &lt;full&gt;", "does not fit", "this machine"):
+        assert words in text
+    assert text.count('id="chosen-search"') == 1
+    assert 'id="cpu-search"' not in text
+    figures = json.loads(re.search(r'id="figures">(.*?)</script>', text, re.S)[1])
+    drawn = figures["chosen-search"]["data"]
+    assert [trace["x"] for trace in drawn] == [[5.0], [], []]  # GB; what has no time has no place
+    assert [trace["y"] for trace in drawn] == [[0.5 / 1000 * 1e9], [], []]
+
+
 def test_any_part_may_be_missing(stages, tmp_path):
     for name, folder in stages.items():
         assert f"<td>{name}</td>" in page({name: folder}, tmp_path)
