@@ -118,7 +118,7 @@ def guess(program: TrainingProgram, where: Slice) -> Guess:
 
     Time: products of forward, backward and recomputation at a share of the peak, or the weights' gathering
     and the gradients' scattering over the links, whichever is longer. Memory: state and gradients, what the
-    policy keeps of each layer, one layer's activations, and the logits in float32 with their gradient.
+    policy keeps of each layer, and one layer's activations or the logits in float32 with their gradient.
     """
     model, sizes = program.model, program.mesh.sizes(where.num_devices)
     chip = where.chip
@@ -148,8 +148,8 @@ def guess(program: TrainingProgram, where: Slice) -> Guess:
     itemsize = 2 if model.dtype == "bfloat16" else 4
     optimizer = 8 if program.optimizer.name == "adamw" else 1
     memory = parameters * (4 + optimizer + 4) / shards
-    memory += tokens * itemsize * (layers * stored + layer) / sizes["tensor"] / sizes["stage"]
-    memory += tokens * model.vocab_size * 6 / sizes["tensor"]
+    memory += tokens * itemsize * layers * stored / sizes["tensor"] / sizes["stage"]
+    memory += tokens * max(itemsize * layer, 6 * model.vocab_size) / sizes["tensor"]
     flops = program.flops_per_token() * program.batch_size * length / where.num_devices
     made = {name: size for name, size in sizes_of.items() if name != "layer_input"}
     again = 1 - sum(size for name, size in made.items() if name in known) / sum(made.values())
