@@ -1,6 +1,7 @@
 """Plans: the same step that training runs, compiled for this machine and for described TPUs."""
 
 import json
+import time
 
 import jax
 import pytest
@@ -69,6 +70,23 @@ def test_a_plan_for_this_machine(tmp_path):
     text = (tmp_path / "plan.txt").read_text()
     assert f"{plan['parameters']:,} parameters" in text
     assert "estimates no times" in text
+
+
+@pytest.mark.tpu_aot
+def test_a_program_does_not_grow_with_layers_and_a_70b_is_lowered_in_seconds(tpu):
+    devices = topologies.devices(topologies.parse_slice("v5p-16"))
+
+    def lowered(**changes):
+        config = PRESETS["llama3_1_70b"](dtype="bfloat16", remat="full", scan_layers=True, **changes)
+        made = program(config, MeshConfig(data=1, fsdp=8), length=8192)
+        began = time.process_time()
+        text = made.lower(made.mesh.build(devices)).as_text()
+        return len(text), time.process_time() - began
+
+    small_size, _ = lowered(decoder_layers=2)
+    size, seconds = lowered()
+    assert size == pytest.approx(small_size, rel=0.01)
+    assert seconds < 5, f"{seconds:.1f} s of CPU time"
 
 
 def test_an_executable_is_kept_and_run_and_only_for_its_own_program(tmp_path):
