@@ -124,8 +124,9 @@ def _bare(config: str) -> list[str]:
 
 
 def report(error: BaseException) -> None:
-    """Says an error in words, without its traceback."""
-    lines = [str(error) or type(error).__name__, *getattr(error, "__notes__", ())]
+    """Says an error in words, without its traceback and what jax notes about that."""
+    notes = [note for note in getattr(error, "__notes__", ()) if "JAX_TRACEBACK_FILTERING" not in note]
+    lines = [str(error) or type(error).__name__, *notes]
     console.print("error: ", style="bold red", end="")
     console.print("\n".join(lines), markup=False)
 

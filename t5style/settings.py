@@ -379,6 +379,8 @@ class _Walk:
             value, chain = macro.value, f"{chain} (%{macro.field} is set at {macro.place})"
         if not isinstance(value, Reference) and not _fits(value, hint):
             name = getattr(hint, "__name__", None) or str(hint)
+            if dataclasses.is_dataclass(hint):
+                name += f" (written @{name}())"
             given = f"{type(value).__name__} {value!r}{chain}"
             self.problems.append(f"{binding.place}: {binding.name} must be {name}, not {given}")
 
@@ -465,19 +467,17 @@ _PLAIN = {int: (int,), float: (int, float), bool: (bool,), str: (str,), type(Non
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """False only where the annotation is plain (or a union of plain types) and the value is of none."""
+    """False only where the annotation is plain types or dataclasses and the value is of none of them."""
     options = (
         typing.get_args(hint)
         if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
         else (hint,)
     )
-    if not all(option in _PLAIN for option in options if isinstance(option, type)) or not all(
-        isinstance(option, type) for option in options
-    ):
+    if not all(isinstance(one, type) and (one in _PLAIN or dataclasses.is_dataclass(one)) for one in options):
         return True
     if isinstance(value, bool):
         return bool in options
-    return any(isinstance(value, _PLAIN[option]) for option in options)
+    return any(isinstance(value, _PLAIN.get(option, option)) for option in options)
 
 
 def find_file(name: str, folders: Sequence[str]) -> str:

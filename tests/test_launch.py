@@ -99,6 +99,10 @@ MISTAKES = {
         "fake_jobs.Write.size = %SIZE\nSIZE = 2.0\n",
         r"test.gin:8: fake_jobs.Write.size must be int, not float 2.0 \(%SIZE is set at .*test.gin:9\)",
     ),
+    "a name where a record belongs": (
+        "fake_jobs.Write.part = 'hub'\n",
+        r"test.gin:8: fake_jobs.Write.part must be Part \(written @Part\(\)\), not str 'hub'",
+    ),
     "refused value": (
         "fake_jobs.Write.size = 0\n",
         r"Write: size must be at least 1, not 0; .*\(size is set at .*test.gin:8\)$",

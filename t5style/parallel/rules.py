@@ -286,6 +286,13 @@ def use_mesh(mesh: Mesh, rules: Rules | None = None) -> Iterator[Mesh]:
         yield mesh
 
 
+@contextlib.contextmanager
+def no_mesh() -> Iterator[None]:
+    """Within this context, inside `use_mesh` too, there is no mesh: for questions about shapes alone."""
+    with _context(None):
+        yield
+
+
 def current_mesh() -> Mesh | None:
     """The mesh of the enclosing `use_mesh`, if any."""
     context = _context.value

@@ -314,15 +314,19 @@ def parse_slice(name: str) -> Slice:
     match = re.fullmatch(r"(?:(\d+)x)?([a-z]\w*?)(?:-(\d+)|:(\d+(?:x\d+)+))", text)
     if match is None:
         raise UserError(
-            f"{name!r} is not the name of a TPU slice: write a generation ({', '.join(CHIPS)}) and a size, "
-            "as in 'v5e-256' or 'v5p-128', or its layout, as in 'v5p:4x4x4', and '2xv5e-256' for two slices."
+            f"{name!r} is not the name of a TPU slice{_nearest(text)}: write a generation "
+            f"({', '.join(CHIPS)}) and a size, as in 'v5e-256' or 'v5p-128', or its layout, as in "
+            "'v5p:4x4x4', and '2xv5e-256' for two slices."
         )
     count, generation, size, layout = match.groups()
     generation = _ALIASES.get(generation, generation)
     if generation not in CHIPS:
         near = difflib.get_close_matches(generation, [*CHIPS, *_ALIASES], 1, 0.5)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise UserError(f"There is no TPU generation {generation!r}{hint}: {', '.join(CHIPS)} are known.")
+        raise UserError(
+            f"There is no TPU generation {generation!r}{hint}: {', '.join(CHIPS)} are known. For "
+            "GPUs and CPUs plan on a machine that has them, with slice None."
+        )
     chip = CHIPS[generation]
     num_slices = int(count or 1)
     if num_slices < 1:
@@ -334,6 +338,15 @@ def parse_slice(name: str) -> Slice:
     if topology is None:
         raise UserError(_no_such_size(generation, int(size)))
     return Slice(chip, topology, num_slices)
+
+
+def _nearest(text: str) -> str:
+    """The name of a slice that is spelt most like `text`, as a question."""
+    for alias, generation in _ALIASES.items():
+        text = text.replace(alias, generation)
+    names = [name for generation in CHIPS for name in slice_names(generation)]
+    near = difflib.get_close_matches(text, names, 1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def _checked_layout(name: str, chip: Chip, layout: str) -> tuple[int, ...]:

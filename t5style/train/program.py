@@ -65,8 +65,12 @@ class TrainingProgram:
         """The lengths that the model reads, by side.
 
         Raises:
-          ValueError: one is missing.
+          ValueError: one is missing, or is no whole number from 1.
         """
+        if not isinstance(self.lengths, Mapping):
+            raise ValueError(
+                f"lengths is {self.lengths!r}; it must be as {{'encoder': 512, 'decoder': 114}}."
+            )
         sides = ("encoder", "decoder") if self.model.architecture == "encoder_decoder" else ("decoder",)
         missing = [side for side in sides if side not in self.lengths]
         if missing:
@@ -74,7 +78,12 @@ class TrainingProgram:
                 f"lengths is {dict(self.lengths)}; a {self.model.architecture} model also needs "
                 f"{missing[0]!r}."
             )
-        return {side: int(self.lengths[side]) for side in sides}
+        for side in sides:
+            if not isinstance(self.lengths[side], int) or self.lengths[side] < 1:
+                raise ValueError(
+                    f"lengths[{side!r}] is {self.lengths[side]!r}; it must be a whole number from 1."
+                )
+        return {side: self.lengths[side] for side in sides}
 
     @functools.cached_property
     def loss(self) -> LanguageModelLoss:

@@ -33,14 +33,20 @@ class TrainState:
     opt_state: Any
 
 
-# Tracing a model takes a second; the same question is asked several times on the way to the first step.
-logical_axes = functools.lru_cache(maxsize=8)(model_params.logical_axes)
+# Tracing a model takes a second; the same question is asked several times on the way to the first step. It is
+# traced without a mesh: of what does not divide by that, `rules.spec` says more than the layers would.
+@functools.lru_cache(maxsize=8)
+def logical_axes(config: TransformerConfig) -> Any:
+    """Logical axis names of the parameters, see `models.params.logical_axes`."""
+    with rules_lib.no_mesh():
+        return model_params.logical_axes(config)
 
 
 @functools.lru_cache(maxsize=8)
 def abstract_state(config: TransformerConfig, optimizer: optax.GradientTransformation) -> TrainState:
     """ShapeDtypeStructs of the state; nothing is allocated."""
-    return jax.eval_shape(lambda: _fresh(config, optimizer, jax.random.key(0)))
+    with rules_lib.no_mesh():
+        return jax.eval_shape(lambda: _fresh(config, optimizer, jax.random.key(0)))
 
 
 def state_shardings(

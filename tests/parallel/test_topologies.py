@@ -79,14 +79,16 @@ def test_every_layout_is_read_as_it_is_written(generation, dimensions, slices):
     [
         ("v5e-255", r"no slice v5e-255; the nearest are v5e-128 and v5e-256\. .* chips: v5e-1, .*v5e-256\."),
         ("v5e-512", r"the nearest is v5e-256"),
-        ("v5p-64x", r"not the name of a TPU slice: write a generation \(v4, v5e, v5p, v6e, tpu7x\)"),
+        ("v5p-64x", r"not the name of a TPU slice .*: write a generation \(v4, v5e, v5p, v6e, tpu7x\)"),
         (
             "v5p-100",
             r"nearest are v5p-64 and v5p-128\. The number counts TensorCores, two a chip: .*96 in all",
         ),
         ("v5p-9", r"nearest are v5p-8 and v5p-16"),
         ("v5-8", r"no TPU generation 'v5' \(did you mean 'v5p'\?\): v4, v5e"),
-        ("a100-8", r"no TPU generation 'a100': v4"),
+        ("a100-8", r"no TPU generation 'a100': v4.* GPUs and CPUs plan .* slice None"),
+        ("v5e256", r"not the name of a TPU slice \(did you mean 'v5e-256'\?\)"),
+        ("v5litepod16", r"did you mean 'v5e-16'"),
         ("0xv5e-4", r"0 slices: write 1 or more, or leave '0x' out"),
         ("v5e:4x4x4", r"3 dimensions, but v5e chips are joined in 2, as in 'v5e:4x4'"),
         ("v5p:0x4x4", r"at least 1 chip"),

@@ -6,8 +6,10 @@ import time
 import jax
 import pytest
 
+from t5style import runner
 from t5style.data.pipeline import empty_batch
 from t5style.models.presets import PRESETS
+from t5style.nn.settings import MoE
 from t5style.parallel import rules, topologies
 from t5style.parallel.mesh import MeshConfig
 from t5style.run_dir import RunDir, UserError
@@ -130,6 +132,9 @@ def test_remat_and_batch_show_in_memory():
         ({"batch_size": 0}, "batch_size is 0"),
         ({"accumulation": 3}, "batch_size is 8 and accumulation 3"),
         ({"lengths": {"encoder": 64}}, "also needs 'decoder'"),
+        ({"lengths": 64}, r"lengths is 64; it must be as \{'encoder'"),
+        ({"lengths": {"decoder": 0}}, r"lengths\['decoder'\] is 0; it must be a whole number from 1"),
+        ({"lengths": {"decoder": "64"}}, r"lengths\['decoder'\] is '64'"),
         ({"tokens": -1.0}, "tokens is -1.0"),
         ({"chip_hour_price": 0.0}, "chip_hour_price is 0.0"),
     ],
@@ -152,6 +157,35 @@ def test_a_mesh_that_does_not_divide_is_said_before_anything_is_compiled(tmp_pat
         job(RunDir(tmp_path).create())
     with pytest.raises(UserError, match="a search needs a slice"):
         Plan(program(small()), search=Search())(RunDir(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "mesh", "sentence"),
+    [
+        ({}, MeshConfig(tensor=3), "tensor 3 does not divide the 8 devices"),
+        (
+            {},
+            MeshConfig(tensor=8),
+            "'kv_heads' of size 2 does not divide by tensor=8. Choose tensor among 1, 2",
+        ),
+        ({"moe": MoE(4, 2, 32)}, MeshConfig(expert=8), "'expert' of size 4 does not divide by expert=8"),
+        ({}, MeshConfig(stage=8), "4 decoder layers do not divide into 8 equal groups"),
+        (
+            {},
+            MeshConfig(sequence=8, data=1),
+            "divides 60 positions by sequence=8: make the length a multiple",
+        ),
+    ],
+)
+def test_an_impossible_mesh_is_one_sentence(changes, mesh, sentence, capsys):
+    made = program(small(**changes), mesh, length=60)
+    with pytest.raises(ValueError, match=sentence) as error:
+        made.lower(made.mesh.build())
+    assert "\n" not in str(error.value)
+    runner.report(error.value)
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert "JAX_TRACEBACK" not in said
 
 
 def test_the_analytic_model_orders_memory_as_the_compiler_does():
