@@ -1,0 +1,60 @@
+"""8-bit training beside bfloat16: experiments/shakespeare_char.gin, the same seeds, data and steps.
+
+    python experiments/benchmarks/low_precision.py --data=tinyshakespeare.txt --runs=runs/low_precision --seeds=3
+
+Trains each kind with each seed by `python -m t5style.main` and prints the loss on the whole validation split, and by
+how much int8 and fp8 differ from bfloat16 with the same seed: mean and standard error. What is trained already in
+the folder is not trained again.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+
+KINDS = {"bf16": "None", "int8": "'int8'", "fp8": "'fp8'"}
+
+
+def trained(data: str, folder: pathlib.Path, kind: str, seed: int, steps: int) -> float:
+    """The validation loss at the last step."""
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "t5style.main"),
+            "--gin_file=experiments/shakespeare_char.gin",
+            f"--gin.DATA={data!r}",
+            f"--gin.RUN_DIR={str(folder)!r}",
+            f"--gin.STEPS={steps}",
+            f"--gin.Pretrain.seed={seed}",
+            "--gin.TransformerConfig.dtype='bfloat16'",
+            f"--gin.TransformerConfig.quantized_training={KINDS[kind]}",
+        ],
+        check=True,
+        capture_output=True,
+    )
+    rows = [json.loads(line) for line in (folder / "model" / "metrics.jsonl").read_text().splitlines()]
+    return next(row["eval/shakespeare/loss"] for row in reversed(rows) if "eval/shakespeare/loss" in row)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="the text")
+    parser.add_argument("--runs", type=pathlib.Path, required=True, help="where the runs go")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2000)
+    args = parser.parse_args()
+    losses: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for seed in range(args.seeds):
+        for kind in KINDS:
+            folder = args.runs / f"{kind}_{seed}"
+            losses[kind].append(trained(args.data, folder, kind, seed, args.steps))
+            print(f"seed {seed}, {kind}: {losses[kind][-1]:.4f}", flush=True)
+    for kind, values in losses.items():
+        by = [100 * (value / other - 1) for value, other in zip(values, losses["bf16"], strict=True)]
+        error = statistics.stdev(by) / len(by) ** 0.5 if len(by) > 1 else float("nan")
+        print(f"{kind}: {statistics.mean(values):.4f}, {statistics.mean(by):+.2f} ± {error:.2f} % of bf16")
+
+
+if __name__ == "__main__":
+    main()
