@@ -1,10 +1,10 @@
 """8-bit training beside bfloat16: experiments/shakespeare_char.gin, the same seeds, data and steps.
 
-    python experiments/benchmarks/low_precision.py --data=tinyshakespeare.txt --runs=runs/low_precision --seeds=3
+    python experiments/benchmarks/low_precision.py --data=tinyshakespeare.txt --runs=runs/8bit --seeds=3
 
-Trains each kind with each seed by `python -m t5style.main` and prints the loss on the whole validation split, and by
-how much int8 and fp8 differ from bfloat16 with the same seed: mean and standard error. What is trained already in
-the folder is not trained again.
+Trains each kind with each seed by `python -m t5style.main` and prints the loss on the whole validation split,
+and by how much int8 and fp8 differ from bfloat16 with the same seed: mean and standard error. What is trained
+already in the folder is not trained again.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def trained(data: str, folder: pathlib.Path, kind: str, seed: int, steps: int) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description="8-bit training beside bfloat16, over seeds.")
     parser.add_argument("--data", required=True, help="the text")
     parser.add_argument("--runs", type=pathlib.Path, required=True, help="where the runs go")
     parser.add_argument("--seeds", type=int, default=3)

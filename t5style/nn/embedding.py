@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from t5style.parallel.rules import activation_axes, current_mesh, current_rules
+from t5style.parallel.rules import activation_axes, constrain, current_mesh, current_rules
 
 
 def lookup(table: jax.Array, ids: jax.Array, dtype: Any) -> jax.Array:
@@ -31,4 +31,5 @@ def lookup(table: jax.Array, ids: jax.Array, dtype: Any) -> jax.Array:
     others = [tuple(axis for axis in row if axis not in columns) for row in rows]
     ids = jax.lax.with_sharding_constraint(ids, NamedSharding(mesh, PartitionSpec(*others)))
     x = jnp.take(table, ids, axis=0, mode="clip").astype(dtype)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*others, columns)))
+    x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*others, columns)))
+    return constrain(x, ("batch", "length", "embed"))

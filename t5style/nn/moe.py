@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from t5style.nn import platform
 from t5style.nn.moe_dispatch import Choices, ExpertMlp, Parameters, Weights, run_experts
 from t5style.nn.parameter import Init, named, zeros
 from t5style.nn.projection import Projection
@@ -78,10 +79,19 @@ class Routing(NamedTuple):
     probability: jax.Array
 
 
+def top_k(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """jax.lax.top_k over the last axis, which each device computes of its own rows only."""
+    if platform.divides_top_k():
+        values, indices = jax.lax.top_k(x, count)
+        return values, indices
+    order = jnp.argsort(x, axis=-1, stable=True, descending=True)[..., :count]
+    return jnp.take_along_axis(x, order, axis=-1), order
+
+
 def route(moe: MoE, logits: jax.Array, correction: jax.Array | None = None) -> Routing:
     """Chooses experts by logits f32 `[..., experts]`; correction f32 `[experts]` if moe.correction_bias."""
     if moe.choose_first:
-        best, experts = jax.lax.top_k(logits, moe.per_token)
+        best, experts = top_k(logits, moe.per_token)
         weights = jax.nn.softmax(best, axis=-1)
         probability = jax.nn.softmax(logits, axis=-1)
     else:
@@ -90,11 +100,11 @@ def route(moe: MoE, logits: jax.Array, correction: jax.Array | None = None) -> R
         choice = jax.lax.stop_gradient(choice)
         if moe.groups > 1:
             grouped = choice.reshape(*choice.shape[:-1], moe.groups, -1)  # [..., groups, experts of a group]
-            best = jax.lax.top_k(grouped, 2 if moe.group_score == "top2" else 1)[0].sum(axis=-1)
-            chosen = jax.lax.top_k(best, moe.groups_per_token)[1]  # [..., groups_per_token]
+            best = top_k(grouped, 2 if moe.group_score == "top2" else 1)[0].sum(axis=-1)
+            chosen = top_k(best, moe.groups_per_token)[1]  # [..., groups_per_token]
             open_groups = jax.nn.one_hot(chosen, moe.groups, dtype=bool).any(axis=-2)  # [..., groups]
             choice = jnp.where(open_groups[..., None], grouped, -jnp.inf).reshape(choice.shape)
-        experts = jax.lax.top_k(choice, moe.per_token)[1]
+        experts = top_k(choice, moe.per_token)[1]
         weights = jnp.take_along_axis(scores, experts, axis=-1)
         probability = scores
         if moe.router == "sigmoid":

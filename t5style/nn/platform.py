@@ -32,6 +32,13 @@ def flatten_tokens() -> bool:
     return platform() == "cpu"
 
 
+def divides_top_k() -> bool:
+    """Whether XLA divides top_k's rows over devices. CPU and GPU have a library's call for it, for which the
+    rows of all devices would be gathered in each layer.
+    """
+    return platform() == "tpu"
+
+
 def separate_angles() -> bool:
     """Whether rotary angles are kept from being fused into their uses.
 

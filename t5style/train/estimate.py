@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from t5style.parallel.topologies import Slice
 from t5style.train import hlo, hlo_cost
 from t5style.train import state as state_lib
 from t5style.train.program import TrainingProgram, save_executable
+from t5style.train.resharding import Resharding, resharding
 
 # What a collective reaches of all links (How To Scale Your Model, part 2: 0.9 on one link).
 _LINK_SHARE = 0.9
@@ -73,6 +74,7 @@ class Estimate:
       cost: time and collectives; None where the program did not compile for want of memory.
       peak_flops: of one device; None where that is unknown.
       lower_seconds, compile_seconds: of this machine.
+      reshardings: collectives of activations in the loop over layers for which no rule asks.
       hlo: the optimised program's text.
     """
 
@@ -86,6 +88,7 @@ class Estimate:
     peak_flops: float | None
     lower_seconds: float
     compile_seconds: float
+    reshardings: Sequence[Resharding] = ()
     hlo: str = dataclasses.field(repr=False, default="")
 
     @property
@@ -106,7 +109,7 @@ class Estimate:
 
     def to_json(self) -> dict[str, Any]:
         """Figures without the program's text."""
-        skipped = {"hlo", "memory", "cost"}
+        skipped = {"hlo", "memory", "cost", "reshardings"}
         figures = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -115,6 +118,7 @@ class Estimate:
         return figures | {
             "memory": dataclasses.asdict(self.memory),
             "fits": self.memory.fits,
+            "reshardings": [str(one) for one in self.reshardings],
             "step_seconds": self.step_seconds,
             "compute_seconds": self.compute_seconds,
             "mfu": self.mfu(self.step_seconds),
@@ -148,7 +152,7 @@ def estimate(
         "gradients": state_lib.bytes_per_device(abstract.params, shardings.params),
     }
     limit = None if where is None else where.chip.usable_hbm_bytes // where.chip.devices
-    text, cost, activations = "", None, 0
+    text, cost, activations, reshardings = "", None, 0, []
     try:
         with _no_program_cache() if where or executable else contextlib.nullcontext():
             compiled = program.mesh.compile(lowered)
@@ -164,6 +168,7 @@ def estimate(
         read = hlo.read_program(text)
         cost = hlo_cost.cost(read, **_speeds(where, mesh))
         activations = _kept(read, abstract, shardings)
+        reshardings = resharding(cost.collectives, program, mesh)
     sides = program.sides()
     return Estimate(
         mesh=mesh_lib.describe(mesh),
@@ -182,6 +187,7 @@ def estimate(
         peak_flops=None if where is None else where.chip.bf16_flops / where.chip.devices,
         lower_seconds=lower_seconds,
         compile_seconds=time.perf_counter() - began,
+        reshardings=reshardings,
         hlo=text,
     )
 

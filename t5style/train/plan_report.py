@@ -54,9 +54,8 @@ def report(
         out.print(line, highlight=False)
     if made.cost is not None and made.cost.collectives:
         out.print(_collectives(made))
-    if made.cost is not None:
-        for warning in made.cost.warnings:
-            out.print(f"Note: {warning}", highlight=False)
+    for note in (*(made.cost.warnings if made.cost is not None else ()), *made.reshardings):
+        out.print(f"Note: {note}", highlight=False)
     if not made.memory.fits:
         out.print("What would make it fit, the most first:", highlight=False)
         for line in remedies(program, made):

@@ -14,6 +14,7 @@ import optax
 
 from t5style.models.config import TransformerConfig
 from t5style.models.transformer import Transformer
+from t5style.parallel.rules import constrain
 from t5style.train.losses import Metrics, cross_entropy, router_losses
 from t5style.train.state import TrainState
 
@@ -163,10 +164,14 @@ def make_train_step(
         if accumulation == 1:
             grads, total, weight, metrics = sums(state.params, batch, key)
         else:
-            # Row r goes to microbatch r mod accumulation: each device keeps its own rows. [B, L] -> [A, B/A,
-            # L]
+            # Row r goes to microbatch r mod accumulation: each device keeps its own rows.
+            # [B, ...] -> [A, B/A, ...]
             micro = {
-                name: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()
+                name: constrain(
+                    x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1),
+                    (None, "batch", *[None] * (x.ndim - 1)),
+                )
+                for name, x in batch.items()
             }
             first = {name: x[0] for name, x in micro.items()}
             zeros = jax.tree.map(

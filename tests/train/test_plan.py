@@ -63,6 +63,7 @@ def test_a_plan_for_this_machine(tmp_path):
     assert sum(memory[part] for part in memory if part not in ("peak", "limit")) == memory["peak"]
     assert plan["step_seconds"] is None
     assert figures["fits"]
+    assert plan["reshardings"] == []
     assert plan["tokens"] == 8 * 64
     # The compiler's products are the model's and the recomputed forward pass; on one of eight devices.
     forward, training = plan["model_flops"] / 3, plan["model_flops"]

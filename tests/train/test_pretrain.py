@@ -24,7 +24,7 @@ from t5style.data.token_store import TokenStoreWriter
 from t5style.models.config import TransformerConfig
 from t5style.parallel.mesh import MeshConfig
 from t5style.parallel.rules import Rules
-from t5style.train import checkpoint
+from t5style.train import checkpoint, program
 from t5style.train.optimizer import Optimizer
 from t5style.train.pretrain import Pretrain
 from t5style.train.schedules import Schedule
@@ -67,6 +67,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def poison(monkeypatch: pytest.MonkeyPatch) -> Any:
     """poison([7]) makes the loss weights of batch 7 NaN."""
     monkeypatch.setattr(BatchSource, "batch_at", BatchSource.batch_at)  # restored afterwards
+    monkeypatch.setattr(program, "empty_batch", program.empty_batch)
     return tiny_run.poison
 
 
@@ -424,11 +425,24 @@ def test_damaged_store_is_refused(tmp_path: pathlib.Path) -> None:
         run(job(store), tmp_path / "run")
 
 
+def test_activations_sent_without_reason_are_told_of(
+    store: str, tmp_path: pathlib.Path, said: list[str]
+) -> None:
+    fields = {"mesh": MeshConfig(data=4, tensor=2), "rules": Rules(activations={"heads": None}), "steps": 1}
+    wrong = job(store, model={"scan_layers": True, "decoder_layers": 2}, **fields)
+    run(wrong, tmp_path)
+    assert any(text.startswith("Warning: activations are resharded inside the loop") for text in said)
+    said.clear()
+    wrong.explain_sharding()
+    assert any(text.startswith("Warning: activations are resharded inside the loop") for text in said)
+
+
 def test_dry_run_and_sharding_need_no_store(tmp_path: pathlib.Path, said: list[str]) -> None:
     ghost = job("run:tokens", mesh=MeshConfig(data=4, fsdp=2))
     ghost.dry_run(run_dir.RunDir(tmp_path / "none"))
     assert any("parameters;" in text and "20 steps of 8 rows" in text for text in said)
     ghost.explain_sharding()
+    assert said[-1] == "no activation is resharded inside the loop over layers"
     assert not (tmp_path / "none").exists()
     with pytest.raises(ValueError, match="8"):
         dataclasses.replace(ghost, batch_size=4).dry_run(run_dir.RunDir(tmp_path / "none"))

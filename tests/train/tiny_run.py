@@ -86,19 +86,25 @@ def job(
 
 
 def poison(batches: list[int]) -> None:
-    """Makes the loss weights of these batches NaN, from here on in this process."""
+    """Makes the loss weights of these batches NaN, from here on in this process: of all batches they are
+    floating-point numbers then.
+    """
     from t5style.data.pipeline import BatchSource
+    from t5style.train import program
 
-    honest = BatchSource.batch_at
+    honest, empty = BatchSource.batch_at, program.empty_batch
+
+    def floating(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return batch | {"decoder_loss_weights": batch["decoder_loss_weights"].astype(np.float32)}
 
     def batch_at(self: BatchSource, n: int, shard: int = 0, num_shards: int = 1) -> dict[str, np.ndarray]:
-        batch = honest(self, n, shard, num_shards)
-        weights = batch["decoder_loss_weights"].astype(np.float32)
+        batch = floating(honest(self, n, shard, num_shards))
         if n in batches and self.shuffle:
-            weights = weights * np.float32("nan")
-        return batch | {"decoder_loss_weights": weights}
+            batch["decoder_loss_weights"] *= np.float32("nan")
+        return batch
 
     BatchSource.batch_at = batch_at  # type: ignore[method-assign]
+    program.empty_batch = lambda rows, lengths: floating(empty(rows, lengths))
 
 
 def slow_down(seconds: float) -> None:
