@@ -2,9 +2,9 @@
 
     python experiments/benchmarks/low_precision.py --data=tinyshakespeare.txt --runs=runs/8bit --seeds=3
 
-Trains each kind with each seed by `python -m t5style.main` and prints the loss on the whole validation split,
-and by how much int8 and fp8 differ from bfloat16 with the same seed: mean and standard error. What is trained
-already in the folder is not trained again.
+Trains each kind with each seed by `python -m t5style.main` and prints the loss on the whole validation split and
+that of training over the last quarter of the steps, and by how much int8 and fp8 differ from bfloat16 with the
+same seed: mean and standard error. What is trained already in the folder is not trained again.
 """
 
 import argparse
@@ -15,10 +15,11 @@ import subprocess
 import sys
 
 KINDS = {"bf16": "None", "int8": "'int8'", "fp8": "'fp8'"}
+EVAL = "eval/shakespeare/loss"
 
 
-def trained(data: str, folder: pathlib.Path, kind: str, seed: int, steps: int) -> float:
-    """The validation loss at the last step."""
+def trained(data: str, folder: pathlib.Path, kind: str, seed: int, steps: int) -> dict[str, float]:
+    """Losses: of validation after the last step, of training over the last quarter."""
     subprocess.run(
         [
             *(sys.executable, "-m", "t5style.main"),
@@ -34,7 +35,11 @@ def trained(data: str, folder: pathlib.Path, kind: str, seed: int, steps: int) -
         capture_output=True,
     )
     rows = [json.loads(line) for line in (folder / "model" / "metrics.jsonl").read_text().splitlines()]
-    return next(row["eval/shakespeare/loss"] for row in reversed(rows) if "eval/shakespeare/loss" in row)
+    late = [row["train/loss"] for row in rows if "train/loss" in row and row["step"] > 0.75 * steps]
+    return {
+        "validation": next(row[EVAL] for row in reversed(rows) if EVAL in row),
+        "training": statistics.mean(late),
+    }
 
 
 def main() -> None:
@@ -44,16 +49,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2000)
     args = parser.parse_args()
-    losses: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    losses: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
     for seed in range(args.seeds):
         for kind in KINDS:
-            folder = args.runs / f"{kind}_{seed}"
-            losses[kind].append(trained(args.data, folder, kind, seed, args.steps))
-            print(f"seed {seed}, {kind}: {losses[kind][-1]:.4f}", flush=True)
-    for kind, values in losses.items():
-        by = [100 * (value / other - 1) for value, other in zip(values, losses["bf16"], strict=True)]
-        error = statistics.stdev(by) / len(by) ** 0.5 if len(by) > 1 else float("nan")
-        print(f"{kind}: {statistics.mean(values):.4f}, {statistics.mean(by):+.2f} ± {error:.2f} % of bf16")
+            made = trained(args.data, args.runs / f"{kind}_{seed}", kind, seed, args.steps)
+            losses[kind].append(made)
+            print(f"seed {seed}, {kind}: {made}", flush=True)
+    for which in ("validation", "training"):
+        for kind, runs in losses.items():
+            values = [run[which] for run in runs]
+            by = [100 * (value / run[which] - 1) for value, run in zip(values, losses["bf16"], strict=True)]
+            error = statistics.stdev(by) / len(by) ** 0.5 if len(by) > 1 else float("nan")
+            mean = statistics.mean(by)
+            print(f"{which}, {kind}: {statistics.mean(values):.4f}, {mean:+.2f} ± {error:.2f} % of bf16")
 
 
 if __name__ == "__main__":

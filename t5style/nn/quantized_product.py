@@ -11,7 +11,8 @@ int8: Gradients are rounded stochastically, up with the probability of what is c
 tokens are right on average: their largest value is far above most, which nearest rounding would make 0
 (Jacob et al. 2018 have the integer arithmetic, Gupta et al. 2015 the rounding, AQT the recipe for TPUs).
 
-fp8: weights and activations are E4M3, gradients E5M2, rounded to the nearest (Micikevicius et al. 2022).
+fp8: all operands are E4M3, rounded to the nearest. With a scale for each token or column gradients need no
+more range, and E5M2 would keep one bit less of each (DeepSeek-V3 2024, section 3.3.2).
 """
 
 import functools
@@ -106,7 +107,7 @@ def _dot(
 
 def _quantize(x: jax.Array, over: Dimensions, kind: str, gradient: bool) -> tuple[jax.Array, jax.Array]:
     """x in 8 bits, and the f32 scale by which to multiply it, of size 1 in the dimensions `over`."""
-    dtype = jnp.int8 if kind == "int8" else jnp.float8_e5m2 if gradient else jnp.float8_e4m3fn
+    dtype = jnp.int8 if kind == "int8" else jnp.float8_e4m3fn
     limit = 127.0 if kind == "int8" else float(jnp.finfo(dtype).max)
     largest = jnp.abs(x).max(axis=tuple(over), keepdims=True).astype(jnp.float32)
     scale = jnp.maximum(largest, 1e-30) / limit
