@@ -2,9 +2,9 @@
 
     python experiments/benchmarks/low_precision.py --data=tinyshakespeare.txt --runs=runs/8bit --seeds=3
 
-Trains each kind with each seed by `python -m t5style.main` and prints the loss on the whole validation split and
-that of training over the last quarter of the steps, and by how much int8 and fp8 differ from bfloat16 with the
-same seed: mean and standard error. What is trained already in the folder is not trained again.
+Trains each kind with each seed by `python -m t5style.main` and prints the loss on the whole validation split
+and that of training over the last quarter of the steps, and by how much int8 and fp8 differ from bfloat16
+with the same seed: mean and standard error. What is trained already in the folder is not trained again.
 """
 
 import argparse
