@@ -44,6 +44,7 @@ class Memory:
       activations: what the loops over layers keep for the backward pass.
       temporaries: the rest of the peak; negative where gradients and activations do not live together.
       peak: what the compiler says; limit: what the device has, None where that is unknown.
+      offloaded: what loops keep in the host's memory; no part of the peak.
     """
 
     parameters: int
@@ -53,6 +54,7 @@ class Memory:
     temporaries: int
     peak: int
     limit: int | None
+    offloaded: int = 0
 
     @property
     def fits(self) -> bool:
@@ -152,7 +154,7 @@ def estimate(
         "gradients": state_lib.bytes_per_device(abstract.params, shardings.params),
     }
     limit = None if where is None else where.chip.usable_hbm_bytes // where.chip.devices
-    text, cost, activations, reshardings = "", None, 0, []
+    text, cost, activations, offloaded, reshardings = "", None, 0, 0, []
     try:
         with _no_program_cache() if where or executable else contextlib.nullcontext():
             compiled = program.mesh.compile(lowered)
@@ -167,7 +169,7 @@ def estimate(
         peak = _peak(compiled, where)
         read = hlo.read_program(text)
         cost = hlo_cost.cost(read, **_speeds(where, mesh))
-        activations = _kept(read, abstract, shardings)
+        activations, offloaded = _kept(read, abstract, shardings)
         reshardings = resharding(cost.collectives, program, mesh)
     sides = program.sides()
     return Estimate(
@@ -182,6 +184,7 @@ def estimate(
             temporaries=peak - sum(state.values()) - activations,
             peak=peak,
             limit=limit,
+            offloaded=offloaded,
         ),
         cost=cost,
         peak_flops=None if where is None else where.chip.bf16_flops / where.chip.devices,
@@ -253,8 +256,10 @@ def _no_program_cache() -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
-def _kept(read: hlo.Program, abstract: Any, shardings: Any) -> int:
-    """Bytes of the arrays `[layers, ...]` that loops hand on and that are no parameters or gradients."""
+def _kept(read: hlo.Program, abstract: Any, shardings: Any) -> tuple[int, int]:
+    """Bytes of the arrays `[layers, ...]` that loops hand on and that are no parameters or gradients: on the
+    device, and on the host.
+    """
     own = {
         tuple(size for size in sharding.shard_shape(leaf.shape) if size != 1)
         for leaf, sharding in zip(
@@ -272,4 +277,7 @@ def _kept(read: hlo.Program, abstract: Any, shardings: Any) -> int:
             if shape.dims[:1] == (trips,) and tuple(size for size in shape.dims if size != 1) not in own
         )
         most |= stacked
-    return sum(shape.bytes * count for shape, count in most.items())
+    sizes = [0, 0]
+    for shape, count in most.items():
+        sizes[shape.on_host] += shape.bytes * count
+    return sizes[False], sizes[True]

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 
 # Bits of an element; others are named after their bits, as f8e4m3fn is.
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "bf16": 16, "c64": 64, "c128": 128}
-_SHAPE = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,<= ]*)\]")
+_SHAPE = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,<= ]*)\](\{[^{}]*S\(5\)[^{}]*\})?")
 _INSTRUCTION = re.compile(r"  +(ROOT )?%?([^\s=]+) = (.*?) ?\b([a-z][a-z0-9\-]*)\(", re.DOTALL)
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _COMPUTATION = re.compile(r"(ENTRY )?%?([^\s(]+) \(.*\) -> .*\{$")
@@ -30,10 +30,11 @@ _REFERENCE = re.compile(r"%([\w.\-]+)")
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Of one array: `bf16[8,128]`."""
+    """Of one array: `bf16[8,128]`; on_host: it is in the host's memory."""
 
     dtype: str
     dims: tuple[int, ...]
+    on_host: bool = False
 
     @property
     def elements(self) -> int:
@@ -56,8 +57,10 @@ class Shape:
 def read_shapes(text: str) -> tuple[Shape, ...]:
     """The arrays of a type, of a tuple all of them in order. The bound `<=8` of a dynamic size counts."""
     return tuple(
-        Shape(dtype, tuple(int(size.strip("<= ")) for size in dims.split(",") if size.strip("<= ")))
-        for dtype, dims in _SHAPE.findall(text)
+        Shape(
+            dtype, tuple(int(size.strip("<= ")) for size in dims.split(",") if size.strip("<= ")), bool(host)
+        )
+        for dtype, dims, host in _SHAPE.findall(text)
     )
 
 

@@ -101,6 +101,8 @@ def _memory(made: Estimate) -> Any:
     rows = [[name, format_bytes(size), f"{size / memory.peak:.0%}"] for name, size in parts.items()]
     if memory.limit is not None:
         rows.append(["there is", format_bytes(memory.limit), "fits" if memory.fits else "does NOT fit"])
+    if memory.offloaded:
+        rows.append(["activations kept in the host's memory", format_bytes(memory.offloaded), ""])
     return console.make_table("Memory of one device", ["", "bytes", ""], rows)
 
 

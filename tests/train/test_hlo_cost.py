@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from t5style.nn.quantized_product import product
 from t5style.parallel import topologies
 from t5style.parallel.mesh import MeshConfig
 from t5style.train.hlo import read_program
@@ -296,6 +297,23 @@ def test_a_large_product_takes_a_little_longer_than_the_peak_allows():
     told, chip = compiled(jnp.matmul, square, square)
     assert told.flops == 2 * 8192**3
     assert 0.85 < told.flops / chip.bf16_flops / told.seconds < 0.95
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.usefixtures("no_cache")
+def test_int8_training_multiplies_integers_in_less_time():
+    """A projection forwards and backwards (nn/quantized_product.py), quantising included."""
+
+    def step(multiply, x, kernel, gradient):
+        y, pull = jax.vjp(lambda x, kernel: multiply(x, kernel).astype(x.dtype), x, kernel)
+        return y, pull(gradient)
+
+    shapes = [((8192, 4096), jnp.bfloat16), ((4096, 8192), jnp.float32), ((8192, 8192), jnp.bfloat16)]
+    plain, _ = compiled(functools.partial(step, lambda x, w: x @ w.astype(x.dtype)), *shapes)
+    int8, _ = compiled(functools.partial(step, lambda x, w: product(x, w, 1, "int8")), *shapes)
+    assert int8.flops == plain.flops == 3 * 2 * 8192 * 4096 * 8192
+    assert int8.categories["matmul"] < 0.7 * plain.categories["matmul"]
+    assert int8.seconds < plain.seconds
 
 
 @pytest.mark.tpu_aot

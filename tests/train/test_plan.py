@@ -60,7 +60,9 @@ def test_a_plan_for_this_machine(tmp_path):
     figures = job(RunDir(tmp_path).create())
     plan = json.loads((tmp_path / PLAN_FILE).read_text())
     memory = plan["memory"]
-    assert sum(memory[part] for part in memory if part not in ("peak", "limit")) == memory["peak"]
+    assert (
+        sum(memory[part] for part in memory if part not in ("peak", "limit", "offloaded")) == memory["peak"]
+    )
     assert plan["step_seconds"] is None
     assert figures["fits"]
     assert plan["reshardings"] == []
@@ -247,6 +249,22 @@ def test_a_plan_for_a_slice_and_a_search(tpu, tmp_path, monkeypatch):
     best = (tmp_path / BEST_FILE).read_text()
     assert "config.TransformerConfig.remat = 'none'" in best
     assert "mesh.MeshConfig.fsdp = 4" in best
+
+
+@pytest.mark.tpu_aot
+def test_what_a_policy_keeps_is_on_the_device_or_on_the_host(tpu):
+    where = topologies.parse_slice("v5e-1")
+
+    def memory(remat):
+        config = small(dtype="bfloat16", d_model=256, decoder_layers=8, attention="reference", remat=remat)
+        return estimate(program(config, MeshConfig(), rows=64, length=128), where).memory
+
+    full, kept, offloaded = (memory(remat) for remat in ("full", "qkv", "qkv_offloaded"))
+    qkv = 8 * 64 * 128 * (256 + 2 * 256) * 2
+    assert (full.offloaded, kept.offloaded, offloaded.offloaded) == (0, 0, qkv)
+    assert kept.activations == full.activations + qkv
+    assert offloaded.activations == full.activations
+    assert offloaded.peak < kept.peak
 
 
 @pytest.mark.tpu_aot
