@@ -13,6 +13,7 @@ from t5style.nn.attention_sequence import by_distance, check
 from t5style.nn.attention_sparse import chunk_segments
 from t5style.nn.attention_tiles import BiasByDistance, Pattern
 from t5style.nn.settings import AttentionBlocks
+from t5style.parallel import topologies
 from t5style.parallel.mesh import MeshConfig
 from t5style.parallel.rules import use_mesh
 
@@ -267,3 +268,35 @@ def test_a_softmax_of_nothing_is_zero():
     context, logarithm = softmax.result()
     np.testing.assert_array_equal(context, 0)
     assert np.isfinite(np.asarray(logarithm)).all()
+
+
+@pytest.mark.tpu_aot
+def test_a_ring_on_a_tpu_runs_its_kernel_on_parts_and_gathers_no_keys():
+    """Forwards and backwards; each of four devices holds a quarter of the sequence."""
+    pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install 'jax[tpu]'")
+    mesh = MeshConfig(data=1, sequence=4).build(topologies.devices(topologies.parse_slice("v5e-4")))
+    length, spec = 4096, jax.sharding.PartitionSpec(None, "sequence")
+    arguments = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
+        for shape, dtype in (
+            ((1, length, 2, 128), jnp.bfloat16),
+            ((1, length, 1, 128), jnp.bfloat16),
+            ((1, length), jnp.int32),
+        )
+    ]
+
+    def run(query, key, segments):
+        def f(query, key):
+            masks = {"query_segments": segments, "key_segments": segments}
+            made = attention(query, key, key, causal=True, sequence="ring", **masks)
+            return made.astype(jnp.float32).sum()
+
+        return jax.grad(f, (0, 1))(query, key)
+
+    with use_mesh(mesh):
+        text = jax.jit(run).lower(*arguments).compile().as_text()
+    for kernel in ("fwd", "dkv"):
+        assert f"splash_mha_{kernel}" in text
+    assert "collective-permute" in text
+    assert "all-gather" not in text
+    assert f"{length // 4},{length // 4}]" not in text  # no scores
