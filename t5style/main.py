@@ -4,7 +4,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
+import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -37,6 +40,8 @@ examples:
 exit status: 0 done; 1 an error, said in one line; 2 a wrong flag; 130 interrupted (run it again to go on).
 """
 
+PCI_DEVICES = pathlib.Path("/sys/bus/pci/devices")
+
 _GIN_FILE = flags.DEFINE_multi_string("gin_file", [], "A gin file; may be repeated.")
 _SEARCH_PATHS = flags.DEFINE_list("gin_search_paths", [], "More folders to look for gin files in.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check everything and show what would be done.")
@@ -64,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.path.insert(0, "")  # gin files may import modules from here under the `t5style` command too
     if argv is None:
         _use_huge_pages()
+    _leave_absent_tpus_alone()
     from t5style import launch, runner  # here: --help needs nothing of them
 
     status = launch.main(
@@ -87,6 +93,16 @@ def _use_huge_pages() -> None:
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _leave_absent_tpus_alone() -> None:
+    """On a machine without a TPU, libtpu is there for planning. jax would try to run on it, and libtpu would
+    print what it does not find.
+    """
+    google = any(file.read_text().strip() == "0x1ae0" for file in PCI_DEVICES.glob("*/vendor"))
+    others = importlib.metadata.entry_points(group="jax_plugins")  # those of GPUs
+    if importlib.util.find_spec("libtpu") and not google and not others:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def _usage(message: str) -> int:

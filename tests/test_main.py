@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
+import os
+
 import pytest
 
 from t5style import main
@@ -52,3 +56,27 @@ def test_starts_itself_again_once_to_get_huge_pages(monkeypatch):
     main._use_huge_pages()
     assert started == [(main.sys.executable, [main.sys.executable, "-m", "t5style.main", "--gin_file=x.gin"])]
     assert main.os.environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+
+
+@pytest.mark.parametrize(
+    ("library", "chips", "plugins", "platforms"),
+    [
+        (True, "0x8086", [], "cpu"),
+        (True, "0x1ae0", [], None),  # a TPU
+        (True, "0x10de", ["cuda"], None),
+        (False, "0x8086", [], None),
+    ],
+)
+def test_libtpu_is_not_asked_for_a_tpu_that_is_not_there(
+    monkeypatch, tmp_path, library, chips, plugins, platforms
+):
+    vendor = tmp_path / "0000:00:01.0" / "vendor"
+    vendor.parent.mkdir()
+    vendor.write_text(f"{chips}\n")
+    monkeypatch.setattr(main, "PCI_DEVICES", tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: library or None)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: plugins)
+    monkeypatch.setenv("JAX_PLATFORMS", "")
+    monkeypatch.delenv("JAX_PLATFORMS")
+    main._leave_absent_tpus_alone()
+    assert os.environ.get("JAX_PLATFORMS") == platforms
