@@ -19,6 +19,9 @@ _FREE_FIELDS = frozenset(
         "param_dtype",
         "dropout",
         "attention",
+        "attention_blocks",
+        "sequence_attention",
+        "pipeline",
         "scan_layers",
         "remat",
         "precision",
@@ -27,6 +30,10 @@ _FREE_FIELDS = frozenset(
         "init_scale",
         "context_length",
     }
+)
+# The same of MoE: how experts are balanced, and how many tokens they take.
+_FREE_MOE_FIELDS = frozenset(
+    {"capacity", "capacity_factor", "balance_loss", "router_z_loss", "bias_update_rate"}
 )
 # Of a Hugging Face directory; the first that can be told equal needs no library to read tokenizer.json.
 _TOKENIZER_FILES = ("vocabulary.json", "spiece.model", "tokenizer.model", "tokenizer.json")
@@ -119,6 +126,11 @@ def _same_model(saved: TransformerConfig, ours: TransformerConfig, where: str) -
     theirs, mine = dataclasses.asdict(saved), dataclasses.asdict(ours)
     theirs |= {"num_kv_heads": saved.kv_heads, "head_dim": saved.heads_width}
     mine |= {"num_kv_heads": ours.kv_heads, "head_dim": ours.heads_width}
+    for fields in (theirs, mine):
+        if fields["moe"] is not None:
+            fields["moe"] = {
+                name: value for name, value in fields["moe"].items() if name not in _FREE_MOE_FIELDS
+            }
     for name, value in mine.items():
         if name not in _FREE_FIELDS and theirs[name] != value:
             raise run_dir.UserError(

@@ -22,9 +22,10 @@ from t5style.data.pipeline import BatchSource
 from t5style.data.task import Mixture, Task
 from t5style.data.token_store import TokenStoreWriter
 from t5style.models.config import TransformerConfig
+from t5style.nn.settings import AttentionBlocks, MoE, Pipeline
 from t5style.parallel.mesh import MeshConfig
 from t5style.parallel.rules import Rules
-from t5style.train import checkpoint, program
+from t5style.train import checkpoint, initialize, program
 from t5style.train.optimizer import Optimizer
 from t5style.train.pretrain import Pretrain
 from t5style.train.schedules import Schedule
@@ -220,6 +221,9 @@ def test_starts_from_another_run(
     child = tiny_run.job(
         store, decoder_only=False, mesh=ONE, steps=1, optimizer=frozen, init_from=str(folder)
     )
+    # How it is computed is no architecture.
+    computed = {"sequence_attention": "ulysses", "attention_blocks": AttentionBlocks(block_q=256)}
+    child = dataclasses.replace(child, model=child.model.replace(**computed, pipeline=Pipeline(repeats=2)))
     result = run(child, tmp_path / "child")
     assert result["eval/words/loss"] == pytest.approx(figures["eval/words/loss"], rel=1e-6)
     assert any("(step 12)" in text for text in said)
@@ -245,6 +249,13 @@ def test_starts_from_another_run(
         run(dataclasses.replace(other, init_from=None), folder)
     assert 12 in checkpoint.all_steps(folder / "checkpoints")
     assert json.loads((folder / "model.json").read_text())["d_model"] == 16
+
+
+def test_experts_may_be_balanced_otherwise_than_before() -> None:
+    config = job("tokens").model.replace(moe=MoE(4, 2, 16, balance_loss=0.01))
+    initialize._same_model(config, config.replace(moe=MoE(4, 2, 16, capacity_factor=1.5)), "there")
+    with pytest.raises(run_dir.UserError, match=r"another architecture: its moe is \{'experts': 4"):
+        initialize._same_model(config, config.replace(moe=MoE(8, 2, 16)), "there")
 
 
 def test_another_seed_or_dataset_is_no_resume(store: str, tmp_path: pathlib.Path) -> None:
