@@ -10,7 +10,7 @@ from t5style.nn.settings import SEQUENCE_ATTENTIONS, AttentionBlocks, MoE, Pipel
 
 ACTIVATIONS = ("relu", "gelu", "gelu_exact", "silu", "silu_1702", "linear", "linear_plus_one")
 POSITIONS = ("relative_bias", "rope", "learned", "none")
-ATTENTIONS = ("auto", "reference", "cpu", "dot_product", "splash")
+ATTENTIONS = ("auto", "reference", "cpu", "dot_product", "splash", "whole")
 REMATS = tuple(remat_lib.POLICIES)
 DTYPES = ("bfloat16", "float16", "float32")
 QUANTIZED: tuple[str | None, ...] = (None, "int8", "fp8")
@@ -289,7 +289,7 @@ class TransformerConfig:
         ):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} = {getattr(self, name)} must be positive")
-        if self.dropout and self.attention in ("dot_product", "splash"):
+        if self.dropout and self.attention in ("dot_product", "splash", "whole"):
             raise ValueError(
                 f"attention = {self.attention!r} cannot drop attention weights (dropout = {self.dropout}): "
                 "use 'auto', or dropout 0"

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from t5style.nn import attention_cpu, attention_sequence, attention_splash, platform
+from t5style.nn import attention_cpu, attention_sequence, attention_splash, attention_whole, platform
 from t5style.nn.attention_scores import MASKED, Added, Scoring, mask_bias
 from t5style.nn.attention_tiles import BiasByDistance, Pattern
 from t5style.nn.settings import AttentionBlocks
@@ -71,7 +71,7 @@ def attention(
       sinks: f32 `[heads]`: one more score in the softmax, of a key that every query sees and that has no
         value (GPT-OSS): weights sum to less than 1.
       dropout: of the weights, or None.
-      implementation: 'reference', 'cpu', 'dot_product', 'splash', or 'auto' (see nn/platform.py).
+      implementation: 'reference', 'cpu', 'dot_product', 'splash', 'whole', or 'auto' (see nn/platform.py).
       blocks: tiles of 'splash'.
       precision: as jax.lax.Precision names it.
       sequence: what happens where the mesh divides sequences: 'gather', 'ring' or 'ulysses'
@@ -133,23 +133,41 @@ def attention(
             blocks=blocks,
             precision=precision,
         )
-    if isinstance(bias, BiasByDistance):
-        bias = bias.dense(query.shape[1], key.shape[1])
-    refusal = attention_splash.refusal(
-        query, key, value, bias=bias is not None, dropout=dropout is not None, precision=precision
-    )
+    limits: dict[str, Any] = {"dropout": dropout is not None, "precision": precision}
+    refusals = {
+        "splash": attention_splash.refusal(query, key, value, bias=bias is not None, **limits),
+        "whole": attention_whole.refusal(query, key, value, bias=bias, **limits),
+    }
+    if window is not None or softcap is not None or sinks is not None:
+        refusals["whole"] = "it has no windows, soft caps or sinks"
     if implementation == "auto":
         implementation = platform.attention_implementation(
             dropout=dropout is not None,
-            kernel=refusal is None,
+            kernels=[name for name, refusal in refusals.items() if refusal is None],
             queries=query.shape[1],
             keys=key.shape[1],
         )
+    if refusals.get(implementation) is not None:
+        raise ValueError(
+            f"attention implementation {implementation!r} cannot compute this: {refusals[implementation]}; "
+            "use 'auto' or 'reference'"
+        )
+    if implementation == "whole":
+        assert bias is None or isinstance(bias, BiasByDistance)  # or it had been refused
+        context = attention_whole.attention(
+            query,
+            key,
+            value,
+            bias=bias,
+            query_segments=query_segments,
+            key_segments=key_segments,
+            causal=causal,
+            scale=scale,
+        )
+        return checkpoint_name(context, attention_splash.CONTEXT)
+    if isinstance(bias, BiasByDistance):
+        bias = bias.dense(query.shape[1], key.shape[1])
     if implementation == "splash":
-        if refusal is not None:
-            raise ValueError(
-                f"attention implementation 'splash' cannot compute this: {refusal}; use 'auto' or 'reference'"
-            )
         return attention_splash.attention(
             query,
             key,
@@ -165,7 +183,7 @@ def attention(
     if implementation not in _IMPLEMENTATIONS:
         raise ValueError(
             f"attention implementation {implementation!r} is not one of {', '.join(_IMPLEMENTATIONS)}, "
-            "splash, auto"
+            "splash, whole, auto"
         )
     if implementation == "cpu" and (causal or window is not None) and dropout is None:
         context = attention_cpu.blocks(

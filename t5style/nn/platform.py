@@ -1,5 +1,7 @@
 """The one place where a choice depends on the kind of device, with the reason for each choice."""
 
+from collections.abc import Sequence
+
 import jax
 
 from t5style.nn.settings import LANES
@@ -57,6 +59,13 @@ def rotate_by_product() -> bool:
     return platform() == "tpu"
 
 
+def turns_rows() -> bool:
+    """Whether a Pallas kernel can turn each row of an array further than the one above: TPUs from v5 on."""
+    mesh = current_mesh()
+    device = mesh.devices.flat[0] if mesh is not None else jax.devices()[0]
+    return not device.device_kind.startswith(("TPU v2", "TPU v3", "TPU v4"))
+
+
 def scale_queries() -> bool:
     """Whether the factor on attention scores is applied where queries are made, in float32.
 
@@ -76,23 +85,25 @@ def scan_layers(*, remat: bool) -> bool:
     return platform() != "cpu" or remat
 
 
-def attention_implementation(*, dropout: bool, kernel: bool, queries: int, keys: int) -> str:
+def attention_implementation(*, dropout: bool, kernels: Sequence[str], queries: int, keys: int) -> str:
     """The attention implementation that config.attention = 'auto' stands for.
 
     CPU: one head at a time, so that the scores of a head stay in cache and are recomputed in the backward
     pass; but with dropout the einsum, because the random bits of each head are a program of their own
     (t5_tiny compiles in 23 s of CPU time rather than 31, at the same speed).
-    TPU: the Pallas kernel, wherever it can compute what is asked (`kernel`): it never writes scores to
-    memory. Not with a bias (T5's relative positions, which would have to be read tile by tile, at the cost
-    of the scores themselves), dropout or a precision, see nn/attention_splash.py; and not for sequences
-    shorter than its smallest tile, 128, whose scores are few. There the einsum, which XLA fuses.
+    TPU: a Pallas kernel, wherever one can compute what is asked (`kernels`): it never writes scores to
+    memory. 'splash' (nn/attention_splash.py), or with T5's relative positions, which it does not take,
+    'whole' (nn/attention_whole.py). Not where a head's scores do not fill one tile of 128 × 128: copies
+    around a kernel cost as much there as what the einsum does with so few.
     GPU: the einsum. 'dot_product' asks for cuDNN's fused kernel; it is not chosen here because nobody has
     run it on one yet.
     """
     if platform() == "cpu":
         return "reference" if dropout else "cpu"
-    long = min(queries, keys) >= LANES
-    return "splash" if platform() == "tpu" and kernel and long else "reference"
+    if platform() == "tpu" and "splash" in kernels and min(queries, keys) >= LANES:
+        return "splash"
+    many = queries * keys >= LANES**2 and min(queries, keys) >= LANES // 2
+    return "whole" if platform() == "tpu" and "whole" in kernels and many else "reference"
 
 
 def has_cudnn_attention() -> bool:

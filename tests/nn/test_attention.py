@@ -368,18 +368,20 @@ def test_cached_attention_equals_the_reference(kv_heads):
 
 
 @pytest.mark.parametrize(
-    ("kind", "dropout", "kernel", "keys", "chosen"),
+    ("kind", "dropout", "kernels", "keys", "chosen"),
     [
-        ("cpu", False, True, 512, "cpu"),
-        ("cpu", True, False, 512, "reference"),
-        ("gpu", False, False, 512, "reference"),
-        ("gpu", True, False, 512, "reference"),
-        ("tpu", False, True, 512, "splash"),
-        ("tpu", False, False, 512, "reference"),
-        ("tpu", False, True, 64, "reference"),
+        ("cpu", False, ["splash", "whole"], 512, "cpu"),
+        ("cpu", True, [], 512, "reference"),
+        ("gpu", False, [], 512, "reference"),
+        ("gpu", True, [], 512, "reference"),
+        ("tpu", False, ["splash", "whole"], 512, "splash"),
+        ("tpu", False, ["whole"], 512, "whole"),
+        ("tpu", False, [], 512, "reference"),
+        ("tpu", False, ["splash", "whole"], 114, "whole"),
+        ("tpu", False, ["splash", "whole"], 1, "reference"),
     ],
 )
-def test_auto_chooses_by_platform_and_what_can_be_computed(monkeypatch, kind, dropout, kernel, keys, chosen):
+def test_auto_chooses_by_platform_and_what_can_be_computed(monkeypatch, kind, dropout, kernels, keys, chosen):
     monkeypatch.setattr(platform, "platform", lambda: kind)
-    settings = {"dropout": dropout, "kernel": kernel, "queries": 512, "keys": keys}
+    settings = {"dropout": dropout, "kernels": kernels, "queries": 512, "keys": keys}
     assert platform.attention_implementation(**settings) == chosen
