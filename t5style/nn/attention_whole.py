@@ -5,8 +5,8 @@ At T5's lengths (512 tokens in, 114 out) the scores of one head of one row are a
 of the kernel computes the softmax of whole rows at once: nothing needs to be kept for the backward pass but
 its operands, and scores never go to the chip's main memory, forwards or backwards (the idea is that of Dao et
 al. 2022, without its tiles). The splash kernel (nn/attention_splash.py) takes no bias, and XLA's einsum
-writes and reads all scores several times: of 8 rows and 32 heads it needs 3.7 ms on a v6e, and this kernel with its
-copies 0.5 (the TPU compiler's estimates, kernels at the chip's peak).
+writes and reads all scores several times: of 8 rows and 32 heads it needs 3.7 ms on a v6e, and this kernel
+with its copies 0.5 (the TPU compiler's estimates, kernels at the chip's peak).
 
 Arrays keep the layout of projections, a token's heads side by side; a program takes as many neighbouring
 heads as fill a register's 128 lanes, two of T5's. Programs go over the rows of the batch fastest: a head's
