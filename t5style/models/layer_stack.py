@@ -108,7 +108,7 @@ class Stack(nn.Module):
             positions = jnp.arange(length, dtype=jnp.int32)[None]
         bias = None
         if c.positions == "relative_bias" and not c.relative_bias_per_layer:
-            bias = self_attention_bias(c, self.relative_bias, length)
+            bias = self_attention_bias(c, self.relative_bias, x)
         if encoded is not None and (segments is None) != (encoded_segments is None):
             # One side has no padding: it is all segment 1, which is what an unpacked batch calls its tokens.
             segments = jnp.ones(x.shape[:2], jnp.int32) if segments is None else segments

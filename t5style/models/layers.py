@@ -21,6 +21,7 @@ from t5style.models.attention_layers import (
 )
 from t5style.models.config import LayerKind, TransformerConfig
 from t5style.nn import activations, attention_sequence
+from t5style.nn.attention import choose
 from t5style.nn.attention_tiles import BiasByDistance
 from t5style.nn.cache import LayerCache
 from t5style.nn.moe import MoeMlp, RouterStats
@@ -140,7 +141,7 @@ class Layer(nn.Module):
         Also the router's statistics, if stats asks for them and the layer has experts.
         """
         if self.config.relative_bias_per_layer and self.config.positions == "relative_bias":
-            bias = self_attention_bias(self.config, self.relative_bias, x.shape[1])
+            bias = self_attention_bias(self.config, self.relative_bias, x)
         real = None if segments is None else segments != 0
         own = chunks if self.kind.attention == "chunk" else segments
         x = checkpoint_name(x, "layer_input")
@@ -262,8 +263,23 @@ def relative_bias(config: TransformerConfig, causal: bool) -> RelativeBias:
 
 
 def self_attention_bias(
-    config: TransformerConfig, bias: RelativeBias, length: int
+    config: TransformerConfig, bias: RelativeBias, x: jax.Array
 ) -> jax.Array | BiasByDistance:
-    """The relative bias of a stack's tokens, by distance where attention is computed in tiles."""
-    tiles = config.global_tokens > 0 or attention_sequence.by_distance(config.sequence_attention, length)
-    return bias.by_distance(length, length) if tiles else bias.between(length, length)
+    """The relative bias for self-attention of x `[batch, length, embed]`: by distance where implementations
+    spread it to scores themselves, and otherwise spread once for all layers that it is for.
+    """
+    (batch, length), c = x.shape[:2], config
+    found = bias.by_distance(length, length)
+    query, key = (
+        jax.ShapeDtypeStruct((batch, length, heads, c.heads_width), jnp.dtype(c.dtype))
+        for heads in (c.num_heads, c.kv_heads)
+    )
+    plain = c.window is None and c.attention_softcap is None and not c.attention_sinks
+    settings: dict[str, Any] = {"dropout": c.dropout > 0, "precision": c.precision, "plain": plain}
+    if (
+        c.global_tokens > 0
+        or attention_sequence.by_distance(c.sequence_attention, length)
+        or choose(c.attention, query, key, key, bias=found, **settings) == "whole"
+    ):
+        return found
+    return found.dense(length, length)

@@ -133,25 +133,16 @@ def attention(
             blocks=blocks,
             precision=precision,
         )
-    limits: dict[str, Any] = {"dropout": dropout is not None, "precision": precision}
-    refusals = {
-        "splash": attention_splash.refusal(query, key, value, bias=bias is not None, **limits),
-        "whole": attention_whole.refusal(query, key, value, bias=bias, **limits),
-    }
-    if window is not None or softcap is not None or sinks is not None:
-        refusals["whole"] = "it has no windows, soft caps or sinks"
-    if implementation == "auto":
-        implementation = platform.attention_implementation(
-            dropout=dropout is not None,
-            kernels=[name for name, refusal in refusals.items() if refusal is None],
-            queries=query.shape[1],
-            keys=key.shape[1],
-        )
-    if refusals.get(implementation) is not None:
-        raise ValueError(
-            f"attention implementation {implementation!r} cannot compute this: {refusals[implementation]}; "
-            "use 'auto' or 'reference'"
-        )
+    implementation = choose(
+        implementation,
+        query,
+        key,
+        value,
+        bias=bias,
+        dropout=dropout is not None,
+        precision=precision,
+        plain=window is None and softcap is None and sinks is None,
+    )
     if implementation == "whole":
         assert bias is None or isinstance(bias, BiasByDistance)  # or it had been refused
         context = attention_whole.attention(
@@ -180,11 +171,6 @@ def attention(
             sinks=sinks,
             blocks=blocks or AttentionBlocks(),
         )
-    if implementation not in _IMPLEMENTATIONS:
-        raise ValueError(
-            f"attention implementation {implementation!r} is not one of {', '.join(_IMPLEMENTATIONS)}, "
-            "splash, whole, auto"
-        )
     if implementation == "cpu" and (causal or window is not None) and dropout is None:
         context = attention_cpu.blocks(
             query,
@@ -210,6 +196,57 @@ def attention(
     added = Added(bias, masked, sinks)
     context = _IMPLEMENTATIONS[implementation](query, key, value, added, scoring, dropout)
     return checkpoint_name(context, attention_splash.CONTEXT)
+
+
+def choose(
+    implementation: str,
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    bias: Any,
+    dropout: bool,
+    precision: str = "default",
+    plain: bool = True,
+) -> str:
+    """The implementation that `attention` takes for such operands, of which shapes and dtypes are enough.
+
+    Args:
+      implementation: 'auto', or one that is checked.
+      query, key, value: as those of `attention`, or their jax.ShapeDtypeStructs.
+      bias: as that of `attention`; of one by distance only the type counts.
+      dropout: whether weights are dropped.
+      precision: as that of `attention`.
+      plain: no window, soft cap or sinks.
+
+    Raises:
+      ValueError: there is no such implementation, or it cannot compute this.
+    """
+    limits: dict[str, Any] = {"dropout": dropout, "precision": precision}
+    refusals = {
+        "splash": attention_splash.refusal(query, key, value, bias=bias is not None, **limits),
+        "whole": attention_whole.refusal(query, key, value, bias=bias, **limits)
+        if plain
+        else "it has no windows, soft caps or sinks",
+    }
+    if implementation == "auto":
+        return platform.attention_implementation(
+            dropout=dropout,
+            kernels=[name for name, refusal in refusals.items() if refusal is None],
+            queries=query.shape[1],
+            keys=key.shape[1],
+        )
+    if implementation not in (*_IMPLEMENTATIONS, *refusals):
+        raise ValueError(
+            f"attention implementation {implementation!r} is not one of "
+            f"{', '.join((*_IMPLEMENTATIONS, *refusals, 'auto'))}"
+        )
+    if refusals.get(implementation) is not None:
+        raise ValueError(
+            f"attention implementation {implementation!r} cannot compute this: {refusals[implementation]}; "
+            "use 'auto' or 'reference'"
+        )
+    return implementation
 
 
 def _by_heads(

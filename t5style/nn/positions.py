@@ -70,17 +70,13 @@ class RelativeBias(nn.Module):
         )
         return jnp.take(self.table.astype(jnp.float32), bucket, axis=0)  # [..., heads]
 
-    def between(self, queries: int, keys: int) -> jax.Array:
-        """Bias when query i and key j stand at positions i and j: f32 `[1, heads, queries, keys]`.
+    def by_distance(self, queries: int, keys: int) -> BiasByDistance:
+        """Bias when query i and key j stand at positions i and j.
 
         Only queries + keys - 1 distances occur, so that many rows are looked up, and each query's row of the
-        result is a window of them; the gradient is then a sum over windows and not a scatter of queries ×
-        keys updates.
+        scores' bias is a window of them; the gradient is then a sum over windows and not a scatter of queries
+        × keys updates.
         """
-        return self.by_distance(queries, keys).dense(queries, keys)
-
-    def by_distance(self, queries: int, keys: int) -> BiasByDistance:
-        """The same, from which implementations make the parts that they need."""
         distances = jnp.arange(queries + keys - 1, dtype=jnp.int32) - (queries - 1)
         return BiasByDistance(self._values(distances).T[None])  # [1, heads, queries + keys - 1]
 

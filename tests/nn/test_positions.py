@@ -54,20 +54,21 @@ def test_buckets_of_some_distances():
 
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize(("queries", "keys"), [(7, 7), (3, 9), (9, 3), (1, 1)])
-def test_bias_between_indices_equals_bias_at_positions(bidirectional, queries, keys):
+def test_bias_by_distance_equals_bias_at_positions(bidirectional, queries, keys):
     module = RelativeBias(3, 8, 20, bidirectional=bidirectional, initializer=normal(1.0))
-    variables = module.init(jax.random.key(0), 4, 4, method="between")
+    variables = module.init(jax.random.key(0), 4, 4, method="by_distance")
     positions = jnp.arange(queries)[None], jnp.arange(keys)[None]
-    want = module.apply(variables, *positions, method="at")
-    got = module.apply(variables, queries, keys, method="between")
-    assert got.shape == (1, 3, queries, keys)
-    np.testing.assert_array_equal(got, want)
 
-    def gradient(method, *args):
-        weight = jnp.sin(jnp.arange(3 * queries * keys)).reshape(1, 3, queries, keys)
-        return jax.grad(lambda v: (module.apply(v, *args, method=method) * weight).sum())(variables)
+    def spread(variables):
+        return module.apply(variables, queries, keys, method="by_distance").dense(queries, keys)
 
-    a, b = gradient("between", queries, keys), gradient("at", *positions)
+    def at(variables):
+        return module.apply(variables, *positions, method="at")
+
+    assert spread(variables).shape == (1, 3, queries, keys)
+    np.testing.assert_array_equal(spread(variables), at(variables))
+    weight = jnp.sin(jnp.arange(3 * queries * keys)).reshape(1, 3, queries, keys)
+    a, b = (jax.grad(lambda v, f=f: (f(v) * weight).sum())(variables) for f in (spread, at))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), a, b)
 
 
