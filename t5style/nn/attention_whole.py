@@ -54,9 +54,11 @@ def refusal(
     if mesh is not None:
         axes = activation_axes(("batch", "heads"), query.shape[:3:2])[1]
         heads //= math.prod(mesh.shape[axis] for axis in axes)
-    # At once: the bias and its gradient of each head, and some six arrays of the head at work.
-    scores = _whole(query.shape[1]) * _whole(key.shape[1])
-    needed = 4 * scores * (2 * _together(heads, query.shape[3]) + 6)
+    # At once: the bias and its gradient of each head, and some six arrays of the head at work, or the two
+    # that turn its rows.
+    queries, keys = _whole(query.shape[1]), _whole(key.shape[1])
+    at_work = max(6 * keys, 2 * (queries + keys) if bias is not None else 0)
+    needed = 4 * queries * (2 * _together(heads, query.shape[3]) * keys + at_work)
     if needed > _VECTOR_MEMORY:
         return (
             f"scores of {query.shape[1]} queries and {key.shape[1]} keys need {needed >> 20} MiB of vector "

@@ -90,10 +90,14 @@ def test_bfloat16_is_as_near_as_the_reference():
     )
 
 
+LINE = BiasByDistance(jnp.zeros((1, HEADS, 8192 + 64 - 1)))
+
+
 @pytest.mark.parametrize(
     ("change", "settings", "words"),
     [
         ({"queries": 4096, "keys": 4096}, {}, "4096 queries and 4096 keys need .* MiB of vector memory"),
+        ({"queries": 8192, "keys": 64}, {"bias": LINE}, "8192 queries and 64 keys need 5.. MiB"),
         ({"groups": 2}, {}, "the same heads of the same width"),
         ({}, {"precision": "highest"}, "not 'highest'"),
         ({}, {"softcap": 3.0}, "no windows, soft caps or sinks"),
