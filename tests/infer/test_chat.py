@@ -287,14 +287,19 @@ def test_a_person_at_a_terminal(saved, tmp_path):
     seen = ""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a read may end inside a character
 
-    def wait(pattern):
+    def seen_within(pattern, seconds):
         nonlocal seen
-        end = time.monotonic() + 120
+        end = time.monotonic() + seconds
         while not (match := re.search(pattern, seen)):
-            ready, _, _ = select.select([ours], [], [], end - time.monotonic())
-            assert ready, f"no {pattern!r} in {seen!r}"
+            ready, _, _ = select.select([ours], [], [], max(0, end - time.monotonic()))
+            if not ready:
+                return False
             seen += decoder.decode(os.read(ours, 4096))
         seen = seen[match.end() :]
+        return True
+
+    def wait(pattern):
+        assert seen_within(pattern, 120), f"no {pattern!r} in {seen!r}"
 
     try:
         wait("> ")
@@ -303,8 +308,15 @@ def test_a_person_at_a_terminal(saved, tmp_path):
         os.write(ours, b"there\n")
         wait(r"\(\d+ tokens, [\d.]+ a second\)")
         wait("> ")
-        os.write(ours, b"\x03")
-        wait("Ctrl-D or /quit leaves")
+        # CPython's readline module shows its prompt a moment before it waits for keys, and notices a signal that
+        # comes in between at the next key only: of a bare input() on one busy CPU 10 of 553 Ctrl-C were lost
+        # that were sent as soon as the prompt was seen. A person presses it again.
+        for _ in range(3):
+            os.write(ours, b"\x03")
+            if seen_within("Ctrl-D or /quit leaves", 20):
+                break
+        else:
+            raise AssertionError(f"Ctrl-C was not noticed: {seen!r}")
         wait("> ")
         os.write(ours, b"\x04")
         wait("LEFT")
