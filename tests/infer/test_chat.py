@@ -308,9 +308,9 @@ def test_a_person_at_a_terminal(saved, tmp_path):
         os.write(ours, b"there\n")
         wait(r"\(\d+ tokens, [\d.]+ a second\)")
         wait("> ")
-        # CPython's readline module shows its prompt a moment before it waits for keys, and a signal between the
-        # two is noticed at the next key only: on a busy machine 2 of 73 Ctrl-C sent here at once were lost, and
-        # none of 26 sent after 0.3 s. A person presses it again.
+        # CPython's readline module shows its prompt a moment before it waits for keys, and a signal between
+        # the two is noticed at the next key only: on a busy machine 2 of 73 Ctrl-C sent here at once were
+        # lost, and none of 26 sent after 0.3 s. A person presses it again.
         for _ in range(3):
             os.write(ours, b"\x03")
             if seen_within("Ctrl-D or /quit leaves", 20):
