@@ -116,6 +116,8 @@ class TransformerConfig:
       attention_scale: another factor instead.
       dropout: rate, applied where T5 applies it: embeddings, attention weights, MLP hidden layer, the output
         of every sub-layer and of every stack.
+      embedding_noise: alpha of NEFTune (Jain et al. 2023): in training uniform noise of up to alpha /
+        sqrt(length · d_model) is added to the embeddings; length is the mean of the row's examples.
       attention: which implementation (nn/attention.py); 'auto' chooses by platform.
       attention_blocks: tiles of the TPU's kernel.
       sequence_attention: how attention is computed where the mesh divides sequences: 'gather' (XLA gathers
@@ -157,6 +159,7 @@ class TransformerConfig:
     scale_logits: bool = False
     scale_attention: bool = False
     dropout: float = 0.0
+    embedding_noise: float = 0.0
     attention: str = "auto"
     attention_blocks: AttentionBlocks = dataclasses.field(default_factory=AttentionBlocks)
     sequence_attention: str = "gather"
@@ -279,6 +282,8 @@ class TransformerConfig:
                 )
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout = {self.dropout} must be at least 0 and less than 1")
+        if not self.embedding_noise >= 0.0:
+            raise ValueError(f"embedding_noise = {self.embedding_noise} must be 0 or more (NEFTune: 5)")
         for name in (
             "norm_eps",
             "init_scale",
@@ -366,6 +371,11 @@ class TransformerConfig:
         if not self.decoder_layers:
             return "encoder_only"
         return "encoder_decoder" if self.encoder_layers else "decoder_only"
+
+    @property
+    def is_random(self) -> bool:
+        """Whether training draws random numbers in the model."""
+        return self.dropout > 0 or self.embedding_noise > 0
 
     def layers_of(self, side: str) -> tuple["LayerKind", ...]:
         """What each layer of the 'encoder' or the 'decoder' is."""

@@ -349,7 +349,7 @@ class Family:
 # What may differ between two configs whose models compute the same with the same parameters (dropout: in
 # inference).
 _FREE = (
-    *("dropout", "attention", "scan_layers", "remat", "dtype", "param_dtype", "precision"),
+    *("dropout", "embedding_noise", "attention", "scan_layers", "remat", "dtype", "param_dtype", "precision"),
     *("quantized_training", "init", "init_scale", "context_length"),
 )
 

@@ -80,9 +80,14 @@ class Transformer(nn.Module):
         )
 
     def _embed(
-        self, tokens: jax.Array, positions: jax.Array | None, token_types: jax.Array | None = None
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None,
+        token_types: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        deterministic: bool = True,
     ) -> jax.Array:
-        """int32 `[batch, length]` of each -> `[batch, length, embed]`."""
+        """int32 `[batch, length]` of each -> `[batch, length, embed]`; with noise unless deterministic."""
         c = self.config
         dtype = jnp.dtype(c.dtype)
         x = lookup(self.embedding, tokens, dtype)
@@ -101,7 +106,18 @@ class Transformer(nn.Module):
             x = x + jnp.take(self.position_embedding, places, axis=0, mode="clip").astype(dtype)
         if c.embedding_norm:
             x = self.embedding_norm(x)
+        if c.embedding_noise and not deterministic:
+            x = x + self._noise(x, segments)
         return constrain(x, ("rows", "length", "embed"))
+
+    def _noise(self, x: jax.Array, segments: jax.Array | None) -> jax.Array:
+        """NEFTune's, like x `[batch, length, embed]` (Jain et al. 2023, algorithm 1)."""
+        segments = jnp.ones(x.shape[:2], jnp.int32) if segments is None else segments
+        examples = jnp.maximum(segments.max(axis=1), 1)  # [batch]
+        length = (segments > 0).sum(axis=1) / examples
+        most = self.config.embedding_noise / jnp.sqrt(jnp.maximum(length, 1) * x.shape[-1])
+        noise = jax.random.uniform(self.make_rng("dropout"), x.shape, minval=-1.0, maxval=1.0)
+        return (noise * most[:, None, None]).astype(x.dtype)
 
     def encode(
         self,
@@ -126,7 +142,7 @@ class Transformer(nn.Module):
     ) -> tuple[jax.Array, RouterStats | None]:
         if not self.config.encoder_layers:
             raise ValueError("this model is decoder-only (encoder_layers = 0): it has no encoder to run")
-        x = self._embed(tokens, positions, token_types)
+        x = self._embed(tokens, positions, token_types, segments, deterministic)
         return self.encoder(
             x, positions=positions, segments=segments, deterministic=deterministic, stats=stats
         )
@@ -173,7 +189,12 @@ class Transformer(nn.Module):
                 "this model is decoder-only (encoder_layers = 0): it takes no encoder_input_tokens"
             )
         hidden, routers["decoder"] = self.decoder(
-            self._embed(decoder_input_tokens, decoder_positions),
+            self._embed(
+                decoder_input_tokens,
+                decoder_positions,
+                segments=decoder_segment_ids,
+                deterministic=deterministic,
+            ),
             positions=decoder_positions,
             segments=decoder_segment_ids,
             encoded=encoded,

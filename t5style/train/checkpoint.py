@@ -36,7 +36,8 @@ class Checkpointer:
       folder: where the step folders go; made when first saved to.
       keep: how many of the newest checkpoints stay.
       keep_every: checkpoints at multiples of this step stay for good; None for none.
-      best_metric: name of a metric (lower is better) whose best checkpoint stays too; None for none.
+      best_metric: name of a metric whose best checkpoint stays too: the one with the lowest value, with a
+        minus sign before the name the highest; None for none.
     """
 
     def __init__(
@@ -47,20 +48,23 @@ class Checkpointer:
         best_metric: str | None = None,
     ) -> None:
         self.folder = _absolute(folder)
+        self.best_sign = 1
         policies: list[Any] = [managers.LatestN(keep)]
         if keep_every is not None:
             policies.append(managers.EveryNSteps(keep_every))
         if best_metric is not None:
+            self.best_sign = -1 if best_metric.startswith("-") else 1
+            best_metric = best_metric.removeprefix("-")
             policies.append(
                 managers.BestN(
-                    get_metric_fn=lambda metrics: -metrics[best_metric],
+                    get_metric_fn=lambda metrics: -self.best_sign * metrics[best_metric],
                     n=1,
                     keep_checkpoints_without_metrics=False,
                 )
             )
         self._options = ocp.CheckpointManagerOptions(
             preservation_policy=managers.AnyPreservationPolicy(policies),
-            best_fn=None if best_metric is None else (lambda metrics: -metrics[best_metric]),
+            best_fn=None if best_metric is None else (lambda metrics: -self.best_sign * metrics[best_metric]),
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )

@@ -18,6 +18,7 @@ _FREE_FIELDS = frozenset(
         "dtype",
         "param_dtype",
         "dropout",
+        "embedding_noise",
         "attention",
         "attention_blocks",
         "sequence_attention",

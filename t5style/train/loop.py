@@ -43,6 +43,8 @@ class LoopOptions:
       on_nan: what to do where loss or gradient is not finite: 'stop' with an error; 'skip' the update (the
         step must have been made with skip_nonfinite); 'rollback' to the newest checkpoint and go on after the
         bad batch.
+      patience: the run ends after so many evaluations in a row without a better value of the checkpointer's
+        best_metric; None: never.
       profile_steps: (first, last) of the steps to trace for xprof into <run>/profile; None for none.
       hang_seconds, on_hang: how long no step may be finished, and what happens then, see `watchdog.Watchdog`.
     """
@@ -52,6 +54,7 @@ class LoopOptions:
     eval_every: int | None = None
     checkpoint_every: int | None = None
     on_nan: str = "stop"
+    patience: int | None = None
     profile_steps: Sequence[int] | None = None
     hang_seconds: float | None = None
     on_hang: str = "warn"
@@ -59,7 +62,7 @@ class LoopOptions:
     def __post_init__(self) -> None:
         if self.on_nan not in NAN_POLICIES:
             raise ValueError(f"on_nan is {self.on_nan!r}; it must be one of {', '.join(NAN_POLICIES)}.")
-        for name in ("steps", "log_every", "eval_every", "checkpoint_every"):
+        for name in ("steps", "log_every", "eval_every", "checkpoint_every", "patience"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be 1 or more.")
@@ -80,6 +83,8 @@ class Progress:
       last: the newest line of training figures, by name.
       evaluation: the newest evaluation, empty before the first: 'step', 'settings' (Loop.eval_settings) and
         'figures' by name.
+      best: the best value of the metric by which checkpoints are kept, empty before the first: 'value',
+        'step', and 'since', the evaluations since then.
     """
 
     offset: int = 0
@@ -89,6 +94,7 @@ class Progress:
     window: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     last: dict[str, float] = dataclasses.field(default_factory=dict)
     evaluation: dict[str, Any] = dataclasses.field(default_factory=dict)
+    best: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """For the metadata; JSON keeps every bit of a float."""
@@ -120,6 +126,7 @@ class Loop:
       flops_per_token: for MFU.
       goodput: the clock.
       first, done: the first and the newest step of this process, kept by the loop.
+      params: the newest trained parameters, kept by the loop for `batches`; gone with the next step.
     """
 
     run: run_dir.RunDir
@@ -137,6 +144,7 @@ class Loop:
     goodput: Goodput
     first: int = 0
     done: int = 0
+    params: Any = None
 
     def run_to_end(self, state: Any, progress: Progress) -> tuple[Any, Progress]:
         """Trains from the state's step to the last, through rollbacks; saves at the end.
@@ -166,7 +174,7 @@ class Loop:
                 finally:
                     with contextlib.suppress(OSError):  # a full disk has been told of by then
                         self.goodput.write(self.run, self.first, self.done)
-                state = None
+                state = self.params = None
                 state, progress = self._roll_back(bad, rollbacks)
         # A stop in the last step, or later, is one too: else a workflow would go on with its next job.
         stopping = stop.requested(self.done + 1)
@@ -204,6 +212,7 @@ class Loop:
     def _session(self, state: Any, progress: Progress, stop: StopSignal) -> tuple[Any, Progress]:
         options = self.options
         done = int(state.step)
+        self.params = state.params
         pending: collections.deque[tuple[int, Any]] = collections.deque()
         with contextlib.ExitStack() as stack:
             writer = _Metrics(self.run, done)
@@ -226,12 +235,13 @@ class Loop:
             if closer is not None:
                 stack.callback(closer)
             stopping = None
-            while done < options.steps and stopping is None:
+            while done < options.steps and stopping is None and not self._stalled(progress):
                 with self.goodput.timed("data_wait"):
                     host_batch = next(source)
                 batch = self.put(host_batch)
                 with tracer.step(done + 1, state), jax.transfer_guard("disallow"):
                     state, metrics = self.step(state, batch, self.key)
+                self.params = state.params
                 done = self.done = done + 1
                 tracer.finished(done, metrics)
                 pending.append((done, metrics))
@@ -256,13 +266,23 @@ class Loop:
                         self._save(done, state, progress, {})
                         raise
                     stopping = stop.requested(done)
-                if saving or stopping is not None:
+                if saving or stopping is not None or self._stalled(progress):
                     writer.flush()  # or a kill could lose lines that the resumed run does not write again
                     self._save(done, state, progress, reader.figures_of(done))
             reader.settle()
             with self.goodput.timed("checkpoint"):
                 self.checkpointer.close()
+        if done < options.steps and stopping is None:
+            console.say(
+                f"stopped early at step {done}: {self.checkpointer.best_metric} has not been better for "
+                f"{options.patience} evaluations; the best is {progress.best['value']:.6g} at step "
+                f"{progress.best['step']}"
+            )
         return state, progress
+
+    def _stalled(self, progress: Progress) -> bool:
+        patience = self.options.patience
+        return patience is not None and progress.best.get("since", 0) >= patience
 
     def _is_due(self, step: int) -> bool:
         every, steps = self.options.eval_every, self.options.steps
@@ -309,6 +329,12 @@ class Loop:
                 f"{', '.join(sorted(figures))}. The checkpoint of step {step} is saved; run with another "
                 "keep_best to go on."
             )
+        if best in figures:
+            value, sign = figures[best], self.checkpointer.best_sign
+            if not progress.best or sign * value < sign * progress.best["value"]:
+                progress.best = {"value": value, "step": step, "since": 0}
+            else:
+                progress.best = {**progress.best, "since": progress.best["since"] + 1}
 
     def _save(self, step: int, state: Any, progress: Progress, metrics: Mapping[str, float]) -> None:
         """Saves with `metrics`, which keep_best compares: those of this very step and no other."""

@@ -32,7 +32,6 @@ from t5style.train.goodput import Goodput
 from t5style.train.loop import Loop, LoopOptions, Progress
 from t5style.train.optimizer import Optimizer
 from t5style.train.program import TrainingProgram, load_executable
-from t5style.train.step import LanguageModelLoss, make_eval_step
 
 Figures = dict[str, Any]
 
@@ -66,7 +65,8 @@ class Pretrain:
       checkpoint_every: steps between checkpoints; None for only at the end (and on SIGTERM).
       keep: newest checkpoints to keep; keep_every: also keep those at multiples of this step for good;
         keep_best: also keep the one with the lowest value of this metric, for example 'eval/<task>/loss', of
-        those saved at a step at which it was measured.
+        those saved at a step at which it was measured; with a minus sign before it the highest.
+      patience: end the run after so many evaluations in a row without a better keep_best; None: never.
       log_every: steps between lines of metrics.
       accumulation: microbatches per step.
       on_nan: 'stop', 'skip' or 'rollback', see `loop.LoopOptions`.
@@ -99,6 +99,7 @@ class Pretrain:
     keep: int = _unseen(3)
     keep_every: int | None = _unseen(None)
     keep_best: str | None = _unseen(None)
+    patience: int | None = None
     log_every: int = _unseen(10)
     accumulation: int = 1
     on_nan: str = "stop"
@@ -118,6 +119,7 @@ class Pretrain:
         "mesh",
         "rules",
         "on_nan",
+        "patience",
         "eval_tasks",
         "eval_split",
         "eval_every",
@@ -126,14 +128,20 @@ class Pretrain:
 
     def __post_init__(self) -> None:
         self.options()
-        self.program.sides()  # which checks the program's fields
+        if self.model is not None and self.lengths is not None:  # a tuning job may take its parent's model
+            self.program.sides()  # which checks the program's fields
         if self.keep < 1:
             raise ValueError(f"keep is {self.keep}; it must be 1 or more.")
         for name in ("eval_batches", "eval_batch_size", "keep_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be 1 or more, or None.")
-        if self.eval_split is None and (self.keep_best or "").startswith("eval/"):
+        if self.patience is not None and (self.keep_best or "").lstrip("-")[:5] != "eval/":
+            raise ValueError(
+                f"patience is {self.patience}, but keep_best is {self.keep_best!r}: name the metric "
+                "that shall get better, as 'eval/<task>/loss'."
+            )
+        if self.eval_split is None and (self.keep_best or "").lstrip("-").startswith("eval/"):
             raise ValueError(
                 f"keep_best is {self.keep_best!r}, but with eval_split None nothing is evaluated."
             )
@@ -146,6 +154,7 @@ class Pretrain:
             eval_every=self.eval_every,
             checkpoint_every=self.checkpoint_every,
             on_nan=self.on_nan,
+            patience=self.patience,
             profile_steps=self.profile_steps,
             hang_seconds=self.hang_seconds,
             on_hang=self.on_hang,
@@ -237,15 +246,7 @@ class Pretrain:
         began = time.perf_counter()
         mesh = self.mesh.build()
         rules.check_batch(self.batch_size, mesh, self.accumulation)
-        source = BatchSource(
-            self.task,
-            self.split,
-            self.batch_size,
-            self.program.sides(),
-            self.model.architecture,
-            self.seed,
-            self.pack,
-        )
+        source = self._source(self.task, self.split, self.batch_size, shuffle=True)
         preflight.check_vocabulary(self.model, source.vocabulary, source.tasks[0].store)
         evaluated = self._eval_sources(source, mesh)
         keeper = checkpoint.Checkpointer(
@@ -254,7 +255,7 @@ class Pretrain:
         with goodput.timed("compile"):  # what the mesh cannot do is said before anything is allocated
             lowered = self.program.lower(mesh)
         with rules.use_mesh(mesh, self.rules):
-            state, progress, start = self._start(run, mesh, source, keeper)
+            state, frozen, progress, start = self._start(run, mesh, source, keeper)
             preflight.preflight(
                 run,
                 config=self.model,
@@ -267,21 +268,48 @@ class Pretrain:
                 start=start,
             )
             if run_dir.is_main_process():
-                run_dir.atomic_write(run.path / "model.json", self.model.to_json())
-                source.vocabulary.save(run.path / "vocabulary")
-            loop = self._loop(run, mesh, source, evaluated, keeper, goodput, lowered)
+                self._describe(run, source)
+            loop = self._loop(run, mesh, source, evaluated, keeper, goodput, lowered, frozen)
             state, progress = loop.run_to_end(state, progress)
         return self._figures(state, progress, goodput, source, time.perf_counter() - began)
 
+    def _source(self, task: Task | Mixture, split: str, rows: int, *, shuffle: bool) -> BatchSource:
+        """Batches of `rows` rows of a split."""
+        sides, architecture = self.program.sides(), self.model.architecture
+        return BatchSource(task, split, rows, sides, architecture, self.seed, self.pack, shuffle)
+
+    def _describe(self, run: run_dir.RunDir, source: BatchSource) -> None:
+        """Writes what is needed to use the checkpoints."""
+        run_dir.atomic_write(run.path / "model.json", self.model.to_json())
+        source.vocabulary.save(run.path / "vocabulary")
+
+    def _parent(self, mesh: Mesh, source: BatchSource) -> initialize.Start:
+        """The parameters of `init_from`, on the mesh."""
+        assert self.init_from is not None
+        abstract = state_lib.abstract_params(self.model)
+        shardings = rules.param_shardings(state_lib.logical_axes(self.model), abstract, mesh, self.rules)
+        return initialize.load_params(self.init_from, self.model, abstract, shardings, source.vocabulary)
+
+    def _frozen(self, mesh: Mesh, source: BatchSource, parent: initialize.Start | None) -> Any:
+        """Parameters that the step is given and does not change: None, or a tree (program.freeze)."""
+        if not self.program.frozen_models:
+            return None
+        assert parent is not None
+        return self.program.freeze(mesh, dict.fromkeys(self.program.frozen_models, parent.params))
+
     def _start(
         self, run: run_dir.RunDir, mesh: Mesh, source: BatchSource, keeper: checkpoint.Checkpointer
-    ) -> tuple[Any, Progress, str]:
-        """The state to begin with. Precedence: 1. this run's own newest checkpoint; 2. init_from; 3.
-        random.
+    ) -> tuple[Any, Any, Progress, str]:
+        """The state to begin with, and what is frozen. Precedence: 1. this run's own newest checkpoint; 2.
+        init_from; 3. random.
         """
         abstract, shardings = self.program.abstract(mesh)
         # 1. Resume.
         restored = keeper.restore_latest(state_lib.with_shardings(abstract, shardings))
+        parent = None
+        if self.init_from is not None and (restored is None or self.program.frozen_models):
+            parent = self._parent(mesh, source)
+        frozen = self._frozen(mesh, source, parent)
         if restored is not None:
             state, metadata = restored
             self._check_same_run(run, metadata, source)
@@ -292,26 +320,21 @@ class Pretrain:
                     f"{step} or more, or choose another RUN_DIR."
                 )
             progress = Progress.from_json(metadata["progress"])
-            return state, progress, f"resumes this run at step {step} of {self.steps}"
+            return state, frozen, progress, f"resumes this run at step {step} of {self.steps}"
         lineage: dict[str, Any] = {
             "dataset_fingerprint": source.fingerprint,
             "vocabulary_fingerprint": source.vocabulary.fingerprint,
             "seed": self.seed,
         }
         # 2. Parameters of another run, fresh optimiser state.
-        if self.init_from is not None:
-            begin = initialize.load_params(
-                self.init_from, self.model, abstract.params, shardings.params, source.vocabulary
-            )
-            run.write_lineage(lineage | begin.lineage)
-            state = state_lib.init_state(
-                self.model, self.program.transform, mesh, self.rules, self.seed, begin.params
-            )
-            return state, Progress(), begin.source
+        if parent is not None:
+            run.write_lineage(lineage | parent.lineage)
+            state = self.program.begin(mesh, self.seed, parent.params)
+            return state, frozen, Progress(), parent.source
         # 3. From scratch.
         run.write_lineage(lineage | {"parent": None})
-        state = state_lib.init_state(self.model, self.program.transform, mesh, self.rules, self.seed)
-        return state, Progress(), f"random parameters, seed {self.seed}"
+        state = self.program.begin(mesh, self.seed)
+        return state, frozen, Progress(), f"random parameters, seed {self.seed}"
 
     def _check_same_run(self, run: run_dir.RunDir, metadata: Mapping[str, Any], source: BatchSource) -> None:
         for name, theirs, ours in (
@@ -335,9 +358,9 @@ class Pretrain:
         keeper: checkpoint.Checkpointer,
         goodput: Goodput,
         lowered: jax.stages.Lowered,
+        frozen: Any,
     ) -> Loop:
         abstract, shardings = self.program.abstract(mesh)
-        shard, shards = rules.host_shard(mesh)
         put = functools.partial(rules.put_batch, mesh=mesh)
         # A typed key on every device of the mesh, once: the hot loop moves nothing but batches.
         key = jax.jit(lambda: jax.random.key(self.seed), out_shardings=mesh_lib.replicated(mesh))()
@@ -351,12 +374,13 @@ class Pretrain:
         # A process that finds the program in its cache is far ahead; CPU devices wait 30 s for each other.
         run_dir.barrier("training step compiled")
         target = state_lib.with_shardings(abstract, shardings)
-        return Loop(
+        extra = () if frozen is None else (frozen,)
+        loop = Loop(
             run=run,
             options=self.options(),
-            step=compiled,
+            step=lambda state, batch, key: compiled(state, batch, key, *extra),
             key=key,
-            batches=lambda start: source.iter(start, shard, shards),
+            batches=lambda start: self._batches(start, source, mesh, loop, frozen),
             put=put,
             checkpointer=keeper,
             metadata={
@@ -364,15 +388,26 @@ class Pretrain:
                 "vocabulary_fingerprint": source.vocabulary.fingerprint,
                 "seed": self.seed,
                 "model": json.loads(self.model.to_json()),
+                **({"heads": list(self.program.heads)} if self.program.heads else {}),
             },
             restore=lambda: keeper.restore_latest(target),
-            evaluate=self._evaluator(evaluated, mesh, self.program.loss) if evaluated else None,
+            evaluate=self._evaluator(evaluated, mesh, frozen) if evaluated else None,
             eval_settings=run_dir.fingerprint(
                 [[other.fingerprint for other in evaluated], self.eval_batches]
             ),
             flops_per_token=self.program.flops_per_token(),
             goodput=goodput,
         )
+        return loop
+
+    def _batches(
+        self, start: int, source: BatchSource, mesh: Mesh, loop: Loop, frozen: Any
+    ) -> Iterator[Mapping[str, np.ndarray]]:
+        """This process's rows of the batches from number `start` on; `loop.params` are the newest trained
+        parameters.
+        """
+        shard, shards = rules.host_shard(mesh)
+        return source.iter(start, shard, shards)
 
     def _eval_sources(self, trained: BatchSource, mesh: Mesh) -> list[BatchSource]:
         """What to evaluate on, task by task.
@@ -385,16 +420,7 @@ class Pretrain:
         rows = self.eval_batch_size or self.batch_size // self.accumulation
         rules.check_batch(rows, mesh)
         sources = [
-            BatchSource(
-                task,
-                self.eval_split,
-                rows,
-                self.program.sides(),
-                self.model.architecture,
-                self.seed,
-                self.pack,
-                False,
-            )
+            self._source(task, self.eval_split, rows, shuffle=False)
             for task in (self.eval_tasks if self.eval_tasks is not None else _tasks(self.task))
         ]
         for source in sources:
@@ -407,9 +433,14 @@ class Pretrain:
                 )
         return sources
 
-    def _evaluator(self, sources: Sequence[BatchSource], mesh: Mesh, loss: LanguageModelLoss) -> Any:
+    def _evaluator(self, sources: Sequence[BatchSource], mesh: Mesh, frozen: Any) -> Any:
         """(params, stopping) -> {'eval/<task>/loss': ...}, or None once stopping() is true."""
-        step = jax.jit(make_eval_step(loss))
+        compiled = self.program.eval_step()
+        extra = () if frozen is None else (frozen,)
+
+        def step(params: Any, batch: Any) -> Any:
+            return compiled(params, batch, *extra)
+
         shard, shards = rules.host_shard(mesh)
 
         def evaluate(params: Any, stopping: Callable[[], bool]) -> dict[str, float] | None:
@@ -440,6 +471,7 @@ class Pretrain:
             "steps": int(state.step),
             "parameters": model_params.count_params(self.model),
             "train_loss": progress.last.get("train/loss"),
+            **({"best_step": progress.best["step"]} if progress.best else {}),
             **progress.evaluation.get("figures", {}),
             "tokens": progress.tokens,
             "epochs": self.steps / source.batches_per_epoch,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,9 @@ from t5style.models import params as model_params
 from t5style.models.config import TransformerConfig
 from t5style.parallel import mesh as mesh_lib
 from t5style.parallel import rules as rules_lib
+
+if TYPE_CHECKING:
+    from t5style.models.adapters import Adapter
 
 
 @struct.dataclass
@@ -33,24 +37,77 @@ class TrainState:
     opt_state: Any
 
 
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """Which parameters are trained: all of a model's, or an adapter's own; and heads on top of it.
+
+    Attributes:
+      config: the model.
+      adapter: what is trained in place of the model's parameters; None: those themselves.
+      heads: names of linear maps of the decoder's hidden states to one number, 'value_head': parameters
+        `{name: {'kernel': f32 [embed, 1], 'bias': f32 [1]}}` beside the model's.
+    """
+
+    config: TransformerConfig
+    adapter: Adapter | None = None
+    heads: tuple[str, ...] = ()
+
+    def axes(self) -> Any:
+        """Logical axis names of the trained parameters, see `models.params.logical_axes`."""
+        own = (
+            model_params.logical_axes(self.config) if self.adapter is None else self.adapter.axes(self.config)
+        )
+        return {**own, **{name: {"kernel": ("embed", None), "bias": (None,)} for name in self.heads}}
+
+    def init(self, key: jax.Array, base: Any = None) -> Any:
+        """Initial values of the trained parameters; base: the model's, None for random ones."""
+        own = model_params.init_params(self.config, key) if base is None else base
+        if self.adapter is not None:
+            own = self.adapter.init(self.config, key, own)
+        kernel = jnp.zeros((self.config.d_model, 1), jnp.float32)
+        return {**own, **{name: {"kernel": kernel, "bias": jnp.zeros(1)} for name in self.heads}}
+
+    def merged(self, params: Any, base: Any = None) -> Any:
+        """All of the model's parameters, and the heads', of the trained ones and the adapter's base."""
+        if self.adapter is None:
+            return params
+        heads = {name: params[name] for name in self.heads}
+        own = {name: value for name, value in params.items() if name not in heads}
+        return {**self.adapter.apply(self.config, base, own), **heads}
+
+
 # Tracing a model takes a second; the same question is asked several times on the way to the first step. It is
 # traced without a mesh: of what does not divide by that, `rules.spec` says more than the layers would.
-@functools.lru_cache(maxsize=8)
-def logical_axes(config: TransformerConfig) -> Any:
-    """Logical axis names of the parameters, see `models.params.logical_axes`."""
+@functools.lru_cache(maxsize=16)
+def logical_axes(model: TransformerConfig | Trained) -> Any:
+    """Logical axis names of the (trained) parameters, see `models.params.logical_axes`."""
     with rules_lib.no_mesh():
-        return model_params.logical_axes(config)
+        return _trained(model).axes()
 
 
-@functools.lru_cache(maxsize=8)
-def abstract_state(config: TransformerConfig, optimizer: optax.GradientTransformation) -> TrainState:
+@functools.lru_cache(maxsize=16)
+def abstract_params(model: TransformerConfig | Trained) -> Any:
+    """ShapeDtypeStructs of the (trained) parameters; nothing is allocated."""
+    with rules_lib.no_mesh():
+        return jax.eval_shape(lambda: _trained(model).init(jax.random.key(0)))
+
+
+@functools.lru_cache(maxsize=16)
+def abstract_state(model: TransformerConfig | Trained, optimizer: optax.GradientTransformation) -> TrainState:
     """ShapeDtypeStructs of the state; nothing is allocated."""
     with rules_lib.no_mesh():
-        return jax.eval_shape(lambda: _fresh(config, optimizer, jax.random.key(0)))
+        return jax.eval_shape(lambda: _fresh(_trained(model), optimizer, jax.random.key(0)))
+
+
+def _trained(model: TransformerConfig | Trained) -> Trained:
+    return model if isinstance(model, Trained) else Trained(model)
 
 
 def state_shardings(
-    abstract: TrainState, config: TransformerConfig, mesh: Mesh, rules: rules_lib.Rules | None = None
+    abstract: TrainState,
+    model: TransformerConfig | Trained,
+    mesh: Mesh,
+    rules: rules_lib.Rules | None = None,
 ) -> TrainState:
     """Shardings of the state: optimiser moments lie where their parameters lie.
 
@@ -60,7 +117,7 @@ def state_shardings(
     Raises:
       ValueError: a parameter's dimension does not divide by its mesh axes.
     """
-    params = rules_lib.param_shardings(logical_axes(config), abstract.params, mesh, rules)
+    params = rules_lib.param_shardings(logical_axes(model), abstract.params, mesh, rules)
     whole = mesh_lib.replicated(mesh)
     shapes = {keys: leaf.shape for keys, leaf in jax.tree_util.tree_flatten_with_path(abstract.params)[0]}
     where = dict(jax.tree_util.tree_flatten_with_path(params)[0])
@@ -94,7 +151,7 @@ def with_shardings(abstract: Any, shardings: Any) -> Any:
 
 
 def init_state(
-    config: TransformerConfig,
+    model: TransformerConfig | Trained,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     rules: rules_lib.Rules | None = None,
@@ -104,17 +161,17 @@ def init_state(
     """A state at step 0, each device making only its own part.
 
     Args:
-      config: the model.
+      model: the model, or what of it is trained.
       optimizer: the optax transformation.
       mesh: where the state goes.
       rules: logical-axis rules.
       seed: of the initial parameters; they are the same on every mesh (jax's partitionable Threefry).
-      params: parameters to start from instead of random ones (moved onto the mesh).
+      params: trained parameters to start from instead of random ones (moved onto the mesh).
     """
-    abstract = abstract_state(config, optimizer)
-    shardings = state_shardings(abstract, config, mesh, rules)
+    abstract = abstract_state(model, optimizer)
+    shardings = state_shardings(abstract, model, mesh, rules)
     if params is None:
-        make = jax.jit(lambda key: _fresh(config, optimizer, key), out_shardings=shardings)
+        make = jax.jit(lambda key: _fresh(_trained(model), optimizer, key), out_shardings=shardings)
         return make(jax.random.key(seed))
     params = jax.tree.map(_place, params, abstract.params, shardings.params)
     make_opt = jax.jit(optimizer.init, out_shardings=shardings.opt_state)
@@ -130,8 +187,8 @@ def _place(value: Any, like: Any, sharding: Any) -> jax.Array:
     return jax.make_array_from_callback(like.shape, sharding, lambda index: whole[index])
 
 
-def _fresh(config: TransformerConfig, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
-    params = model_params.init_params(config, key)
+def _fresh(trained: Trained, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    params = trained.init(key)
     return TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
 
 

@@ -13,12 +13,14 @@ import jax.numpy as jnp
 import optax
 
 from t5style.models.config import TransformerConfig
-from t5style.models.transformer import Transformer
 from t5style.parallel.rules import constrain
+from t5style.train import likelihood
 from t5style.train.losses import Metrics, cross_entropy, router_losses
 from t5style.train.state import TrainState
 
 Batch = Mapping[str, jax.Array]
+# The trained parameters, and what stays as it is, to the whole model's.
+Merge = Callable[[Any, Any], Any]
 
 # Metrics that go to after_step only: (choices of each expert [layers, experts], tokens [layers]) by side.
 _LOAD = "expert_load/"
@@ -28,9 +30,13 @@ class Loss(Protocol):
     """What a job learns from: one function for training and, with dropout_key None, for evaluation."""
 
     def __call__(
-        self, params: Any, batch: Batch, dropout_key: jax.Array | None
+        self, params: Any, batch: Batch, dropout_key: jax.Array | None, reference: Any = None
     ) -> tuple[jax.Array, jax.Array, Metrics]:
         """Returns (summed objective, its weight, metrics as (sum, weight)).
+
+        params are all of a model's; reference: those of a model that stays as it is, for losses that compare
+        with one. Such a loss has the attribute `reference_model`: its config, or None for the same as the
+        trained model's.
 
         A loss may also have a method `after_step(old, new, metrics) -> (new, metrics)` for what the optimiser
         does not do, given the parameters before and after it.
@@ -55,33 +61,11 @@ class LanguageModelLoss:
     z_loss: float = 0.0
 
     def __call__(
-        self, params: Any, batch: Batch, dropout_key: jax.Array | None
+        self, params: Any, batch: Batch, dropout_key: jax.Array | None, reference: Any = None
     ) -> tuple[jax.Array, jax.Array, Metrics]:
         """See `Loss`. Batch keys are T5X's; int32 `[batch, length]`."""
-        model = Transformer(self.config)
-        deterministic = dropout_key is None or self.config.dropout == 0.0
-        arguments: dict[str, Any] = {
-            "decoder_positions": batch["decoder_positions"],
-            "decoder_segment_ids": batch["decoder_segment_ids"],
-        }
-        encoder_tokens = None
-        if self.config.architecture == "encoder_decoder":
-            encoder_tokens = batch["encoder_input_tokens"]
-            arguments["encoder_positions"] = batch["encoder_positions"]
-            arguments["encoder_segment_ids"] = batch["encoder_segment_ids"]
-        rngs = {} if deterministic else {"dropout": dropout_key}
-        hidden, routers = model.apply(
-            {"params": params},
-            batch["decoder_input_tokens"],
-            encoder_tokens,
-            **arguments,
-            deterministic=deterministic,
-            rngs=rngs,
-            method="hidden_and_routers",
-        )  # [B, L, D]
-        # Head and loss work on [tokens, ...]: on CPU, a product of a 3-D operand is nearly twice as slow.
-        hidden = hidden.reshape(-1, hidden.shape[-1])  # [B·L, D]
-        logits = model.apply({"params": params}, hidden, method="logits")  # [B·L, V] f32
+        hidden, routers = likelihood.hidden_states(self.config, params, batch, dropout_key)  # [B, L, D]
+        logits = likelihood.logits(self.config, params, hidden)  # [B·L, V] f32
         weights = batch["decoder_loss_weights"].reshape(-1)  # [B·L]
         objective, metrics = cross_entropy(
             logits,
@@ -105,7 +89,7 @@ class LanguageModelLoss:
         """Moves the routers' corrections by their load in this step, that of all microbatches together (Wang
         et al. 2024, algorithm 1); whatever the optimiser made of them is forgotten.
         """
-        rest = {name: pair for name, pair in metrics.items() if not name.startswith(_LOAD)}
+        rest = _without_load(metrics)
         for name in sorted(metrics.keys() - rest.keys()):
             path = (name.removeprefix(_LOAD), "moe_layers", "mlp", "router_bias")
             load = metrics[name][0]  # [layers, experts]
@@ -114,6 +98,10 @@ class LanguageModelLoss:
             bias = functools.reduce(operator.getitem, path, old)
             new = _replaced(new, path, bias + self.config.moe.bias_update_rate * missing)
         return new, rest
+
+
+def _without_load(metrics: Metrics) -> Metrics:
+    return {name: pair for name, pair in metrics.items() if not name.startswith(_LOAD)}
 
 
 def _replaced(tree: Any, path: Sequence[str], value: Any) -> Any:
@@ -128,8 +116,10 @@ def make_train_step(
     *,
     accumulation: int = 1,
     skip_nonfinite: bool = False,
-) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]:
-    """Returns step(state, batch, key) -> (new state, metrics), to be jitted with the state donated.
+    merge: Merge | None = None,
+    reference: Callable[[Any], Any] | None = None,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Returns step(state, batch, key, frozen=None) -> (new state, metrics), to be jitted, the state donated.
 
     The gradient is that of (sum of the objective over all target tokens) / (number of target tokens):
     microbatches add sums and weights and divide once, so accumulation equals the big batch whatever the token
@@ -142,27 +132,39 @@ def make_train_step(
       accumulation: microbatches per step; must divide the batch (and its share on each device).
       skip_nonfinite: keep parameters and optimiser state as they were where loss or gradient is not finite;
         the metrics of such a step weigh nothing.
+      merge: (state.params, frozen) -> all of the model's parameters, where only some are trained.
+      reference: frozen -> parameters of a model that the loss compares with.
 
     Metrics beside the loss's own: 'grad_norm' (before clipping), 'learning_rate', 'tokens' (non-padding
     positions the model read), 'nonfinite' (1 where loss or gradient was not finite).
     """
 
-    def objective(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
-        total, weight, metrics = loss(params, batch, key)
+    whole = _whole(loss, merge, reference)
+
+    def objective(
+        params: Any, batch: Batch, key: jax.Array, frozen: Any
+    ) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
+        total, weight, metrics = whole(params, batch, key, frozen)
         return total, (weight, metrics)
 
     gradient = jax.value_and_grad(objective, has_aux=True)
 
     after_step = getattr(loss, "after_step", None)
+    if merge is not None and after_step is not None:  # routers are not among what an adapter trains
+        after_step = lambda old, new, metrics: (new, _without_load(metrics))  # noqa: E731
 
-    def sums(params: Any, batch: Batch, key: jax.Array) -> tuple[Any, jax.Array, jax.Array, Metrics]:
-        (total, (weight, metrics)), grads = gradient(params, batch, key)
+    def sums(
+        params: Any, batch: Batch, key: jax.Array, frozen: Any
+    ) -> tuple[Any, jax.Array, jax.Array, Metrics]:
+        (total, (weight, metrics)), grads = gradient(params, batch, key, frozen)
         return grads, total, weight, metrics
 
-    def train_step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
+    def train_step(
+        state: TrainState, batch: Batch, key: jax.Array, frozen: Any = None
+    ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
         if accumulation == 1:
-            grads, total, weight, metrics = sums(state.params, batch, key)
+            grads, total, weight, metrics = sums(state.params, batch, key, frozen)
         else:
             # Row r goes to microbatch r mod accumulation: each device keeps its own rows.
             # [B, ...] -> [A, B/A, ...]
@@ -175,12 +177,12 @@ def make_train_step(
             }
             first = {name: x[0] for name, x in micro.items()}
             zeros = jax.tree.map(
-                lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(sums, state.params, first, key)
+                lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(sums, state.params, first, key, frozen)
             )
 
             def add(carry: Any, item: tuple[jax.Array, Batch]) -> tuple[Any, None]:
                 index, rows = item
-                part = sums(state.params, rows, jax.random.fold_in(key, index))
+                part = sums(state.params, rows, jax.random.fold_in(key, index), frozen)
                 return jax.tree.map(jnp.add, carry, part), None
 
             (grads, total, weight, metrics), _ = jax.lax.scan(
@@ -211,13 +213,30 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(loss: Loss) -> Callable[[Any, Batch], Metrics]:
-    """Returns step(params, batch) -> metrics as (sum, weight), without dropout."""
+def make_eval_step(
+    loss: Loss, merge: Merge | None = None, reference: Callable[[Any], Any] | None = None
+) -> Callable[..., Metrics]:
+    """Returns step(params, batch, frozen=None) -> metrics as (sum, weight), without dropout."""
+    whole = _whole(loss, merge, reference)
 
-    def eval_step(params: Any, batch: Batch) -> Metrics:
-        return loss(params, batch, None)[2]
+    def eval_step(params: Any, batch: Batch, frozen: Any = None) -> Metrics:
+        return whole(params, batch, None, frozen)[2]
 
     return eval_step
+
+
+def _whole(
+    loss: Loss, merge: Merge | None, reference: Callable[[Any], Any] | None
+) -> Callable[..., tuple[jax.Array, jax.Array, Metrics]]:
+    """The loss as a function of the trained parameters, the batch, the key, and what is frozen."""
+
+    def whole(
+        params: Any, batch: Batch, key: jax.Array | None, frozen: Any
+    ) -> tuple[jax.Array, jax.Array, Metrics]:
+        params = params if merge is None else merge(params, frozen)
+        return loss(params, batch, key) if reference is None else loss(params, batch, key, reference(frozen))
+
+    return whole
 
 
 def count_tokens(batch: Batch) -> jax.Array:

@@ -1,0 +1,93 @@
+"""The model on a batch: hidden states, and how probable each target is. All losses begin here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from t5style.models.config import TransformerConfig
+from t5style.models.transformer import Transformer
+from t5style.nn.moe import RouterStats
+
+Batch = Mapping[str, jax.Array]
+
+_INPUTS = tuple(
+    f"{side}_{what}"
+    for side in ("encoder", "decoder")
+    for what in ("input_tokens", "target_tokens", "loss_weights", "segment_ids", "positions")
+)
+
+
+def flatten_pairs(batch: Batch) -> dict[str, jax.Array]:
+    """A batch of pairs, `[pairs, 2, length]`, as rows `[2 · pairs, length]`: chosen, rejected, chosen, …
+    Arrays that are not the model's (T5X's feature names) are left out; a batch of rows stays as it is.
+    """
+    return {
+        name: value.reshape(-1, value.shape[-1]) if value.ndim == 3 else value
+        for name, value in batch.items()
+        if name in _INPUTS
+    }
+
+
+def hidden_states(
+    config: TransformerConfig, params: Any, batch: Batch, dropout_key: jax.Array | None
+) -> tuple[jax.Array, dict[str, RouterStats]]:
+    """The decoder's last hidden states `[rows, length, embed]`, and the routers' statistics by side.
+
+    Args:
+      config: the model.
+      params: all of its parameters.
+      batch: int32 `[rows, length]` under T5X's names.
+      dropout_key: of dropout and embedding noise; None for neither.
+    """
+    deterministic = dropout_key is None or not config.is_random
+    arguments: dict[str, Any] = {
+        "decoder_positions": batch["decoder_positions"],
+        "decoder_segment_ids": batch["decoder_segment_ids"],
+    }
+    encoder_tokens = None
+    if config.architecture == "encoder_decoder":
+        encoder_tokens = batch["encoder_input_tokens"]
+        arguments["encoder_positions"] = batch["encoder_positions"]
+        arguments["encoder_segment_ids"] = batch["encoder_segment_ids"]
+    return Transformer(config).apply(
+        {"params": params},
+        batch["decoder_input_tokens"],
+        encoder_tokens,
+        **arguments,
+        deterministic=deterministic,
+        rngs={} if dropout_key is None else {"dropout": dropout_key},
+        method="hidden_and_routers",
+    )
+
+
+def logits(config: TransformerConfig, params: Any, hidden: jax.Array) -> jax.Array:
+    """Float32 `[tokens, vocab]` of hidden states `[..., embed]`.
+
+    Head and loss work on [tokens, ...]: on CPU, a product of a 3-D operand is nearly twice as slow.
+    """
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    return Transformer(config).apply({"params": params}, flat, method="logits")
+
+
+def of_targets(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """log p of each target, float32 `[tokens]`, from logits `[tokens, vocab]` and ids int32 `[tokens]`."""
+    chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1, mode="clip")[:, 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def log_likelihoods(
+    config: TransformerConfig, params: Any, batch: Batch, dropout_key: jax.Array | None = None
+) -> jax.Array:
+    """log p of each `decoder_target_tokens`, float32 `[rows, length]`, 0 where `decoder_loss_weights` is 0.
+
+    A batch of pairs `[pairs, 2, length]` gives `[2 · pairs, length]`.
+    """
+    rows = flatten_pairs(batch)
+    hidden, _ = hidden_states(config, params, rows, dropout_key)
+    targets = rows["decoder_target_tokens"]
+    found = of_targets(logits(config, params, hidden), targets.reshape(-1)).reshape(targets.shape)
+    return jnp.where(rows["decoder_loss_weights"] > 0, found, 0.0)
