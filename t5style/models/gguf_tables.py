@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from t5style.models import convert_stream
 from t5style.models.config import TransformerConfig
-from t5style.models.convert_rows import Fields
+from t5style.models.convert_rows import Family, Fields
 from t5style.models.families.registry import FAMILIES
 from t5style.models.gguf import DTYPES, GgufFile
 from t5style.models.gguf_metadata import Keys, decimal, rope_scaling
@@ -53,10 +53,7 @@ def load_gguf(
         raise ValueError("give a mesh or shardings, not both")
     file = file if isinstance(file, GgufFile) else GgufFile(file)
     theirs, shapes, read = huggingface(file, dtype)
-    if theirs["model_type"] not in FAMILIES:
-        raise UserError(f"{file.path}: {theirs['model_type']} models are not supported yet")
-    family = FAMILIES[theirs["model_type"]]
-    config = family.config(Fields(theirs, str(file.path))).replace(dtype=dtype, param_dtype=dtype)
+    family, config = _family(file, theirs, dtype)
     placed = convert_stream.place(config, family.rows(config), family.architecture)
     used = convert_stream.check(placed, shapes, str(file.path), "metadata")
     if left := sorted(set(shapes) - used):
@@ -64,6 +61,18 @@ def load_gguf(
     if mesh is not None:
         shardings = param_shardings(logical_axes(config), abstract_params(config), mesh)
     return config, convert_stream.load(placed, read, dtype, shardings)
+
+
+def gguf_config(file: GgufFile, dtype: str = "float32") -> TransformerConfig:
+    """The config of the model in a GGUF file, whose weights are not read."""
+    return _family(file, huggingface(file, dtype)[0], dtype)[1]
+
+
+def _family(file: GgufFile, theirs: Mapping[str, Any], dtype: str) -> tuple[Family, TransformerConfig]:
+    if theirs["model_type"] not in FAMILIES:
+        raise UserError(f"{file.path}: {theirs['model_type']} models are not supported yet")
+    family = FAMILIES[theirs["model_type"]]
+    return family, family.config(Fields(theirs, str(file.path))).replace(dtype=dtype, param_dtype=dtype)
 
 
 def huggingface(

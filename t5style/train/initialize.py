@@ -79,10 +79,10 @@ def load_params(
         return _from_huggingface(folder, config, shardings, vocabulary)
     found = checkpoint.find(folder)
     metadata = checkpoint.read_metadata(found)
-    _same_model(TransformerConfig.from_json(metadata["model"]), config, str(found))
+    same_model(TransformerConfig.from_json(metadata["model"]), config, str(found))
     expected = metadata.get("vocabulary_fingerprint")
     if expected is not None and expected != vocabulary.fingerprint:
-        raise _other_vocabulary(found, expected, vocabulary, found.parent.parent / "vocabulary")
+        raise other_vocabulary(found, expected, vocabulary, found.parent.parent / "vocabulary")
     params = checkpoint.restore_params(found, shardings, abstract=abstract_params)
     lineage = {
         "parent": str(found),
@@ -108,22 +108,24 @@ def _from_huggingface(
         source += " (it has no tokenizer file, so nobody has checked that its ids mean what the store's do)"
     elif vocabulary not in theirs:
         other = vocabulary_lib.load(files[0], extra_ids=vocabulary.extra_ids)
-        raise _other_vocabulary(folder, other.fingerprint, vocabulary, files[0])
-    _same_model(convert.huggingface_config(str(folder), config.param_dtype), config, str(folder))
+        raise other_vocabulary(folder, other.fingerprint, vocabulary, files[0])
+    same_model(convert.huggingface_config(str(folder), config.param_dtype), config, str(folder))
     _, params = convert.load_huggingface(str(folder), config.param_dtype, shardings=shardings)
     return Start(params, source, {"parent": str(folder)})
 
 
-def _other_vocabulary(
+def other_vocabulary(
     found: epath.Path, theirs: str, ours: vocabulary_lib.Vocabulary, where: epath.Path
 ) -> run_dir.UserError:
+    """The error of a parent whose vocabulary is not the token store's."""
     return run_dir.UserError(
         f"init_from {found} was trained with the vocabulary {theirs}, this run's token store has "
         f"{ours.fingerprint}: the same ids would mean other words. Tokenize with the vocabulary in {where}."
     )
 
 
-def _same_model(saved: TransformerConfig, ours: TransformerConfig, where: str) -> None:
+def same_model(saved: TransformerConfig, ours: TransformerConfig, where: str) -> None:
+    """Raises UserError where parameters of one config mean something else in the other."""
     theirs, mine = dataclasses.asdict(saved), dataclasses.asdict(ours)
     theirs |= {"num_kv_heads": saved.kv_heads, "head_dim": saved.heads_width}
     mine |= {"num_kv_heads": ours.kv_heads, "head_dim": ours.heads_width}

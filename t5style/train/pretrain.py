@@ -218,6 +218,10 @@ class Pretrain:
     @functools.cached_property
     def program(self) -> TrainingProgram:
         """The training step, which plan.Plan compiles too."""
+        return self.make_program()
+
+    def make_program(self) -> TrainingProgram:
+        """See program; what jobs with another loss override."""
         return TrainingProgram(
             model=self.model,
             lengths=self.lengths,
