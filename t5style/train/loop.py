@@ -331,10 +331,11 @@ class Loop:
             )
         if best in figures:
             value, sign = figures[best], self.checkpointer.best_sign
-            if not progress.best or sign * value < sign * progress.best["value"]:
-                progress.best = {"value": value, "step": step, "since": 0}
-            else:
-                progress.best = {**progress.best, "since": progress.best["since"] + 1}
+            before = progress.best or {"value": math.inf * sign, "step": 0, "since": 0}
+            since = 0 if sign * value < sign * before["value"] else before["since"] + 1
+            as_good = sign * value <= sign * before["value"]  # of equals the checkpointer keeps the newer
+            best_now = {"value": value, "step": step} if as_good else before
+            progress.best = {**best_now, "since": since}
 
     def _save(self, step: int, state: Any, progress: Progress, metrics: Mapping[str, float]) -> None:
         """Saves with `metrics`, which keep_best compares: those of this very step and no other."""

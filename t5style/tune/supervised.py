@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the training job with parameters to start from; all are trained, or an adapter's."""
+"""Supervised fine-tuning: training with parameters to start from, all of them trained or an adapter's own."""
 
 from __future__ import annotations
 

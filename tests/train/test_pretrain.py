@@ -370,6 +370,24 @@ def test_keep_best_keeps_what_was_measured(
     assert sorted(checkpoint.all_steps(tmp_path / "misspelt" / "checkpoints")) == [1, 2]
 
 
+def test_patience_ends_a_run_that_gets_no_better(
+    store: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    accuracies = iter([0.1, 0.3, 0.2, 0.25, 0.4])
+    monkeypatch.setattr(
+        Pretrain, "_evaluator", lambda *given: lambda *given: {"eval/words/accuracy": next(accuracies)}
+    )
+    patient = evaluated(store, keep_best="-eval/words/accuracy", patience=2, keep=1, checkpoint_every=2)
+    patient = dataclasses.replace(patient, steps=30)
+    figures = perform(patient, tmp_path / "run")
+    # Evaluated every two steps: 0.3 at step 4 was the best, and steps 6 and 8 were no better.
+    assert (figures["steps"], figures["best_step"]) == (8, 4)
+    assert sorted(checkpoint.all_steps(tmp_path / "run" / "checkpoints")) == [4, 8]
+    assert any("stopped early at step 8" in line and "0.3 at step 4" in line for line in said)
+    more = perform(dataclasses.replace(patient, patience=3), tmp_path / "run")
+    assert more["best_step"] == 10  # 0.4 came then
+
+
 def test_evaluation_stores_are_checked_before_the_first_step(store: str, tmp_path: pathlib.Path) -> None:
     words = tiny_run.make_store(str(tmp_path / "words"), examples=8, extra_ids=7)
     damaged = tiny_run.make_store(str(tmp_path / "damaged"), examples=8)
@@ -470,6 +488,7 @@ def test_dry_run_and_sharding_need_no_store(tmp_path: pathlib.Path, said: list[s
         ({"keep": 0}, "keep is 0"),
         ({"eval_batches": 0}, "eval_batches is 0"),
         ({"keep_best": "eval/words/loss", "eval_split": None}, "with eval_split None nothing is evaluated"),
+        ({"patience": 2}, "name the metric that shall get better"),
     ],
 )
 def test_bad_values_are_named(fields: dict[str, Any], words: str) -> None:

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from t5style.models.config import TransformerConfig
+from t5style.models.transformer import Transformer
 from t5style.parallel.mesh import MeshConfig
 from t5style.train import state as state_lib
 from t5style.train.optimizer import Optimizer
@@ -48,6 +49,25 @@ def setup(
     state = state_lib.init_state(config, transform, mesh, seed=1)
     loss = LanguageModelLoss(config, label_smoothing=0.1, z_loss=1e-3)
     return state, jax.jit(make_train_step(loss, transform, SCHEDULE.build(10), **options))
+
+
+def test_embedding_noise_is_in_training_only_and_as_large_as_it_should_be() -> None:
+    config = PLAIN.replace(embedding_noise=5.0)
+    params = state_lib.init_state(config, optax.sgd(1.0), MeshConfig(devices=1).build(), seed=1).params
+    noisy, plain = LanguageModelLoss(config), LanguageModelLoss(PLAIN)
+    rows = batch(2)
+    assert noisy(params, rows, None)[0] == plain(params, rows, KEY)[0]
+    losses = {float(noisy(params, rows, jax.random.key(seed))[0]) for seed in range(3)}
+    assert len(losses) == 3
+    # Two rows with a mean of 8 and of 3 tokens an example.
+    segments = np.array([[1] * 8 + [0] * 4, [1, 1, 1, 2, 2, 2] + [0] * 6], np.int32)
+    noise = Transformer(config).apply(
+        {"params": params}, jnp.zeros((2, 12, 16)), segments, rngs={"dropout": KEY}, method="_noise"
+    )
+    for row, length in zip(noise, (8, 3), strict=True):
+        most = 5.0 / (length * 16) ** 0.5
+        assert 0.95 * most < jnp.abs(row).max() <= most
+        assert abs(float(row.std()) / (most / 3**0.5) - 1) < 0.1
 
 
 def test_accumulation_equals_the_big_batch() -> None:

@@ -9,6 +9,7 @@ import pytest
 import t5style
 from t5style.corpus.vocabulary import CharacterVocabulary
 from t5style.data.task import Task
+from t5style.data.token_store import TokenStoreWriter
 from t5style.parallel.mesh import MeshConfig
 from t5style.run_dir import RunDir, UserError
 from t5style.train import initialize
@@ -78,6 +79,29 @@ def test_the_vocabulary_of_a_huggingface_directory_is_the_stores(parent, tmp_pat
         start()
     (hf / "vocabulary.json").unlink()
     assert "has no tokenizer file" in start().source
+
+
+def test_the_parent_says_the_model_and_the_store_the_task(parent, tmp_path):
+    with TokenStoreWriter(str(tmp_path / "store"), ("inputs", "targets"), tiny_task.VOCABULARY) as writer:
+        for source, target in tiny_task.examples("train", 20):
+            texts = {"inputs": source, "targets": target}
+            writer.add(
+                "train", {name: [*tiny_task.VOCABULARY.encode(text), 1] for name, text in texts.items()}
+            )
+    settings = tiny_task.settings(2) | {"init_from": parent[1], "store": str(tmp_path / "store"), "mesh": ONE}
+    job = Finetune(**settings, changes={"dropout": 0.1})
+    assert job.resolved().model == tiny_task.model().replace(dropout=0.1)
+    assert job.inputs() == [str(tmp_path / "store"), parent[1]]
+    job(RunDir(tmp_path / "run").create())
+    assert t5style.load(tmp_path / "run").config.dropout == 0.1
+    with pytest.raises(ValueError, match="changes has 'droppout', which is no field"):
+        Finetune(**settings, changes={"droppout": 0.1})
+    with pytest.raises(ValueError, match="a task and a store were given"):
+        Finetune(**settings, task=tiny_task.task(parent[0]))
+    with pytest.raises(UserError, match="has the features inputs, targets, text, which no objective"):
+        Finetune(**settings | {"store": parent[0]}).resolved()
+    with pytest.raises(UserError, match="there is no model"):
+        Finetune(**settings | {"init_from": str(tmp_path / "absent")}).resolved()
 
 
 def test_refuses_to_start_from_nothing(parent, tmp_path):
