@@ -373,7 +373,7 @@ def test_keep_best_keeps_what_was_measured(
 def test_patience_ends_a_run_that_gets_no_better(
     store: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
-    accuracies = iter([0.1, 0.3, 0.2, 0.25, 0.4])
+    accuracies = iter([0.1, 0.3, 0.2, 0.25, 0.4, 0.1, 0.1, 0.1])
     monkeypatch.setattr(
         Pretrain, "_evaluator", lambda *given: lambda *given: {"eval/words/accuracy": next(accuracies)}
     )
@@ -385,7 +385,7 @@ def test_patience_ends_a_run_that_gets_no_better(
     assert sorted(checkpoint.all_steps(tmp_path / "run" / "checkpoints")) == [4, 8]
     assert any("stopped early at step 8" in line and "0.3 at step 4" in line for line in said)
     more = perform(dataclasses.replace(patient, patience=3), tmp_path / "run")
-    assert more["best_step"] == 10  # 0.4 came then
+    assert (more["steps"], more["best_step"]) == (16, 10)  # 0.4 came at step 10
 
 
 def test_evaluation_stores_are_checked_before_the_first_step(store: str, tmp_path: pathlib.Path) -> None:
