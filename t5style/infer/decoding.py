@@ -56,7 +56,8 @@ def _choose(
     state = dict(state)
     token = sampling.draw(sampling.process(logits, rows, state["history"], kinds, mask), step, rows, kinds)
     if kinds.logprobs >= 0:
-        told = sampling.logprobs(logits, token, kinds.logprobs)
+        own = logits / rows["told_temperature"][:, None] if kinds.tempered else logits
+        told = sampling.logprobs(own, token, kinds.logprobs)
         state["told"] = tuple(
             jax.lax.dynamic_update_slice_in_dim(whole, part[:, None], step, axis=1)
             for whole, part in zip(state["told"], told, strict=True)

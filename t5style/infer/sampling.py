@@ -34,6 +34,7 @@ class Kinds(NamedTuple):
     cut: some row draws from a distribution that top_k, top_p or min_p cut.
     biased, penalized, banned, masked: some row has a bias, a penalty, a banned sequence, a constraint.
     logprobs: alternatives that are told, a power of two or 0; -1 for no log-probabilities.
+    tempered: some row is told those after its temperature.
     """
 
     sampled: bool = False
@@ -44,6 +45,7 @@ class Kinds(NamedTuple):
     banned: bool = False
     masked: bool = False
     logprobs: int = -1
+    tempered: bool = False
 
 
 def arrays(
@@ -112,7 +114,11 @@ def arrays(
         banned=any(longer),
         masked=any(row.constraint is not None for row in rows),
         logprobs=-1 if not asked else min(bucket(max(asked), 1), vocab_size) if max(asked) else 0,
+        tempered=any(row.tempered and row.logprobs is not None for row in rows),
     )
+    if kinds.tempered:
+        told = [row.temperature if row.tempered and row.temperature > 0 else 1.0 for row in rows]
+        result["told_temperature"] = np.asarray(told, np.float32)
     result["cut"] = np.asarray(cut)
     if kinds.biased:
         result["bias"] = np.zeros((batch, vocab_size), np.float32)

@@ -35,6 +35,7 @@ class Fields(TypedDict, total=False):
     seed: int | Sequence[int]
     n: int | Sequence[int]
     logprobs: int | None
+    tempered: bool
     stop: str | Sequence[str]
     stop_tokens: Sequence[int] | None
     logit_bias: Mapping[int, float]
@@ -82,6 +83,8 @@ class Settings:
       n: answers, independent of each other, for which the prompt is read once.
       logprobs: None; or 0, to be told the log-probability of each token and of the answer; or k, for those of
         the k most probable tokens of each step too. They are the model's own: before all settings.
+      tempered: the log-probabilities are those after dividing by the temperature: of the distribution that is
+        drawn from, where nothing else changes it.
       stop: texts that end an answer, which is cut before the first of them, wherever tokens begin and end.
       stop_tokens: tokens that end an answer; None: the model's end of sequence; (): nothing does.
       logit_bias: added to the logits of tokens; -inf bans a token.
@@ -103,6 +106,7 @@ class Settings:
     seed: int = 0
     n: int = 1
     logprobs: int | None = None
+    tempered: bool = False
     stop: Sequence[str] = ()
     stop_tokens: Sequence[int] | None = None
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
