@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from t5style.models.config import TransformerConfig
+from t5style.nn.moe import RouterStats
 from t5style.parallel.rules import constrain
 from t5style.train import likelihood
 from t5style.train.losses import Metrics, cross_entropy, router_losses
@@ -39,7 +40,9 @@ class Loss(Protocol):
         trained model's.
 
         A loss may also have a method `after_step(old, new, metrics) -> (new, metrics)` for what the optimiser
-        does not do, given the parameters before and after it.
+        does not do, given the parameters before and after it; and `batch_means(params, batch, reference) ->
+        {name: (sum, weight)}` for what it needs of the whole batch, which with accumulation it finds as means
+        under these names in each microbatch.
         """
         ...
 
@@ -75,15 +78,20 @@ class LanguageModelLoss:
             z_loss=self.z_loss,
         )
         total = weights.sum().astype(jnp.float32)
+        added, figures = self.routing(routers, total, training=dropout_key is not None)
+        return objective + added, total, metrics | figures
+
+    def routing(
+        self, routers: Mapping[str, RouterStats], total: jax.Array, *, training: bool
+    ) -> tuple[jax.Array | float, Metrics]:
+        """What routers add to an objective of weight `total`, and their metrics; nothing without any."""
         moe = self.config.moe
-        if moe is not None and routers:
-            added, figures = router_losses(list(routers.values()), moe, total)
-            objective, metrics = objective + added, metrics | figures
-            if moe.bias_update_rate and dropout_key is not None:
-                metrics |= {
-                    f"{_LOAD}{side}": (router.load, router.tokens) for side, router in routers.items()
-                }
-        return objective, total, metrics
+        if moe is None or not routers:
+            return 0.0, {}
+        added, metrics = router_losses(list(routers.values()), moe, total)
+        if moe.bias_update_rate and training:
+            metrics |= {f"{_LOAD}{side}": (router.load, router.tokens) for side, router in routers.items()}
+        return added, metrics
 
     def after_step(self, old: Any, new: Any, metrics: Metrics) -> tuple[Any, Metrics]:
         """Moves the routers' corrections by their load in this step, that of all microbatches together (Wang
@@ -148,6 +156,7 @@ def make_train_step(
         return total, (weight, metrics)
 
     gradient = jax.value_and_grad(objective, has_aux=True)
+    means = _means(loss, merge, reference)
 
     after_step = getattr(loss, "after_step", None)
     if merge is not None and after_step is not None:  # routers are not among what an adapter trains
@@ -180,9 +189,11 @@ def make_train_step(
                 lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(sums, state.params, first, key, frozen)
             )
 
+            known: dict[str, jax.Array] = {} if means is None else means(state.params, micro, frozen)
+
             def add(carry: Any, item: tuple[jax.Array, Batch]) -> tuple[Any, None]:
                 index, rows = item
-                part = sums(state.params, rows, jax.random.fold_in(key, index), frozen)
+                part = sums(state.params, {**rows, **known}, jax.random.fold_in(key, index), frozen)
                 return jax.tree.map(jnp.add, carry, part), None
 
             (grads, total, weight, metrics), _ = jax.lax.scan(
@@ -237,6 +248,23 @@ def _whole(
         return loss(params, batch, key) if reference is None else loss(params, batch, key, reference(frozen))
 
     return whole
+
+
+def _means(
+    loss: Loss, merge: Merge | None, reference: Callable[[Any], Any] | None
+) -> Callable[[Any, Batch, Any], dict[str, jax.Array]] | None:
+    """The loss's batch_means over microbatches `[accumulation, rows, ...]`; None where it has none."""
+    of_batch = getattr(loss, "batch_means", None)
+    if of_batch is None:
+        return None
+
+    def means(params: Any, micro: Batch, frozen: Any) -> dict[str, jax.Array]:
+        params = jax.lax.stop_gradient(params if merge is None else merge(params, frozen))
+        other = None if reference is None else reference(frozen)
+        pairs = jax.lax.map(lambda rows: of_batch(params, rows, other), micro)
+        return {name: total.sum() / jnp.maximum(weight.sum(), 1.0) for name, (total, weight) in pairs.items()}
+
+    return means
 
 
 def count_tokens(batch: Batch) -> jax.Array:

@@ -191,7 +191,7 @@ def pair_metrics(
       weights: 1 for a pair, 0 for padding, f32 [pairs].
 
     Returns: 'loss', 'reward_accuracy', 'reward_margin', 'reward_chosen', 'reward_rejected',
-      'log_likelihood_chosen', 'log_likelihood_rejected'.
+      'log_likelihood_chosen', 'log_likelihood_rejected', 'log_likelihood_accuracy'.
     """
     figures = {
         "loss": losses,
@@ -201,6 +201,7 @@ def pair_metrics(
         "reward_rejected": rewards[:, 1],
         "log_likelihood_chosen": log_likelihoods[:, 0],
         "log_likelihood_rejected": log_likelihoods[:, 1],
+        "log_likelihood_accuracy": wins(log_likelihoods[:, 0], log_likelihoods[:, 1]),
     }
     return {name: weighted(values, weights) for name, values in figures.items()}
 
