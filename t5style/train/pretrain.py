@@ -260,22 +260,33 @@ class Pretrain:
             lowered = self.program.lower(mesh)
         with rules.use_mesh(mesh, self.rules):
             state, frozen, progress, start = self._start(run, mesh, source, keeper)
-            preflight.preflight(
-                run,
-                config=self.model,
-                source=source,
-                eval_tasks=[task for other in evaluated for task in other.tasks],
-                split=self.split,
-                seed=self.seed,
-                steps=self.steps,
-                costs=self.costs(mesh),
-                start=start,
-            )
+            self._preflight(run, mesh, source, evaluated, start)
             if run_dir.is_main_process():
                 self._describe(run, source)
             loop = self._loop(run, mesh, source, evaluated, keeper, goodput, lowered, frozen)
             state, progress = loop.run_to_end(state, progress)
         return self._figures(state, progress, goodput, source, time.perf_counter() - began)
+
+    def _preflight(
+        self,
+        run: run_dir.RunDir,
+        mesh: Mesh,
+        source: BatchSource,
+        evaluated: Sequence[BatchSource],
+        start: str,
+    ) -> None:
+        """Shows and checks what is about to be learnt; start: what from, in words."""
+        preflight.preflight(
+            run,
+            config=self.model,
+            source=source,
+            eval_tasks=[task for other in evaluated for task in other.tasks],
+            split=self.split,
+            seed=self.seed,
+            steps=self.steps,
+            costs=self.costs(mesh),
+            start=start,
+        )
 
     def _source(self, task: Task | Mixture, split: str, rows: int, *, shuffle: bool) -> BatchSource:
         """Batches of `rows` rows of a split."""
