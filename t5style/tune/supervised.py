@@ -79,7 +79,7 @@ class Finetune(Pretrain):
         task = self.task
         if task is None:
             assert self.store is not None
-            task = Task("examples", self.store, _objective(TokenStore.open(self.store)))
+            task = Task("examples", self.store, objective_of(TokenStore.open(self.store)))
         return dataclasses.replace(
             self,
             init_from=located(self.init_from),
@@ -129,7 +129,7 @@ class Finetune(Pretrain):
         return parent.load(self.init_from, self.model, abstract, shardings, source.vocabulary)
 
 
-def _objective(store: TokenStore) -> Objective:
+def objective_of(store: TokenStore) -> Objective:
     """What is asked of a store's tokens: its features say it."""
     for objective in (Supervised(),):
         if set(store.features) == {objective.inputs, objective.targets}:

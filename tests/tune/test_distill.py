@@ -1,0 +1,185 @@
+"""Distillation: as the papers and TRL have it, with a live teacher, with its logits on disk, by its
+answers."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import t5style
+from t5style.models.config import TransformerConfig
+from t5style.models.prune import Student
+from t5style.parallel.mesh import MeshConfig
+from t5style.run_dir import RunDir, UserError
+from t5style.train.pretrain import Pretrain
+from t5style.tune import distill
+from t5style.tune.distill import Distill, DistillationLoss
+from t5style.tune.divergences import divergence, with_rest
+from t5style.tune.students import MakeStudent
+from tests.evaluate import tiny_task
+from tests.tune.make_golden_distillation import GOLDEN, SETTINGS, inputs
+
+ONE = MeshConfig(devices=1)
+
+
+def log_softmax(x):
+    x = np.asarray(x, np.float64)
+    x = x - x.max(axis=-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+
+def paper(student, teacher, beta):
+    """GKD, equation 1, of logits in float64, by token."""
+    q, p = np.exp(log_softmax(student)), np.exp(log_softmax(teacher))
+    kl = lambda a, b: (a * np.log(a / b)).sum(axis=-1)  # noqa: E731
+    if beta in (0, 1):
+        return kl(q, p) if beta else kl(p, q)
+    mixed = beta * p + (1 - beta) * q
+    return beta * kl(p, mixed) + (1 - beta) * kl(q, mixed)
+
+
+@pytest.mark.parametrize("number", range(len(SETTINGS)))
+def test_divergences_are_the_papers_and_trls(number):
+    (beta, temperature), given, golden = SETTINGS[number], inputs(), dict(np.load(GOLDEN))
+    wanted = given["labels"] != -100
+
+    def loss(logits):
+        own, its = (jax.nn.log_softmax(jnp.asarray(x) / temperature) for x in (logits, given["teacher"]))
+        return jnp.where(wanted, divergence(own, its, beta), 0).sum() / wanted.sum()
+
+    value, gradient = jax.value_and_grad(loss)(jnp.asarray(given["student"]))
+    expected = paper(given["student"] / temperature, given["teacher"] / temperature, beta)[wanted].mean()
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(value, golden[f"loss_{number}"], rtol=1e-5)
+    np.testing.assert_allclose(gradient, golden[f"gradient_{number}"], atol=1e-6)
+
+
+def test_the_most_probable_tokens_bound_the_divergence_from_below():
+    given = inputs()
+    student, teacher = (jnp.asarray(given[name].reshape(15, 23)) for name in ("student", "teacher"))
+    whole = divergence(jax.nn.log_softmax(student), jax.nn.log_softmax(teacher), 0.0)
+    before = jnp.zeros(15)
+    for k in (1, 5, 22):
+        ids = jax.lax.top_k(teacher, k)[1]
+        its = with_rest(teacher, ids)
+        np.testing.assert_allclose(np.exp(its).sum(axis=-1), 1, rtol=1e-5)
+        found = divergence(with_rest(student, ids), its, 0.0)
+        assert (found <= whole + 1e-5).all()
+        assert (found >= before - 1e-5).all()
+        before = found
+    np.testing.assert_allclose(before, whole, rtol=1e-5)  # 22 of 23: all others together are the last one
+    slope = jax.grad(lambda x: divergence(with_rest(x, ids), its, 0.5).sum())(student)
+    assert np.isfinite(slope).all()
+
+
+def test_the_loss_mixes_the_teacher_with_the_data_at_a_temperature():
+    config, random = tiny_task.model(decoder_only=True), np.random.default_rng(0)
+    from t5style.models.params import abstract_params
+
+    draw = lambda c: jax.tree.map(  # noqa: E731
+        lambda leaf: jnp.asarray(random.normal(size=leaf.shape) * 0.3, jnp.float32), abstract_params(c)
+    )
+    bigger = config.replace(decoder_layers=2, d_model=48)
+    student, teacher = draw(config), draw(bigger)
+    batch = {
+        "decoder_input_tokens": random.integers(2, 40, (2, 6)).astype(np.int32),
+        "decoder_target_tokens": random.integers(2, 40, (2, 6)).astype(np.int32),
+        "decoder_positions": np.tile(np.arange(6, dtype=np.int32), (2, 1)),
+        "decoder_segment_ids": np.ones((2, 6), np.int32),
+        "decoder_loss_weights": np.array([[0, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0]], np.int32),
+    }
+    loss = DistillationLoss(config, bigger, beta=0.5, temperature=2.0, hard=0.25)
+    objective, weight, metrics = jax.jit(lambda *given: loss(given[0], batch, None, given[1]))(
+        student, teacher
+    )
+    logits = [
+        np.asarray(t5style.infer.model.Model(c, params).logits(batch["decoder_input_tokens"]))
+        for c, params in ((config, student), (bigger, teacher))
+    ]
+    wanted = batch["decoder_loss_weights"] > 0
+    soft = paper(logits[0] / 2, logits[1] / 2, 0.5)[wanted].sum()
+    nll = [
+        -np.take_along_axis(log_softmax(x), batch["decoder_target_tokens"][..., None], -1)[..., 0][
+            wanted
+        ].sum()
+        for x in logits
+    ]
+    assert weight == 7
+    np.testing.assert_allclose(objective, 0.75 * 4 * soft + 0.25 * nll[0], rtol=1e-5)
+    for name, value in (("distillation", soft), ("loss", nll[0]), ("teacher_loss", nll[1])):
+        np.testing.assert_allclose(metrics[name][0], value, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    """A store, a teacher of a few steps, and a student cut out of it: folders."""
+    folder = tmp_path_factory.mktemp("family")
+    store = tiny_task.make_store(str(folder / "store"))
+    model = tiny_task.model(decoder_only=True).replace(decoder_layers=2)
+    job = Pretrain(model=model, task=tiny_task.task(store), mesh=ONE, **tiny_task.settings(60))
+    job(RunDir(folder / "teacher").create())
+    cut = MakeStudent(
+        str(folder / "teacher"),
+        Student(decoder_layers=1, d_ff=0.5, importance="activations"),
+        task=tiny_task.task(store),
+        lengths=tiny_task.LENGTHS,
+    )
+    assert (
+        cut(RunDir(folder / "student").create())["parameters"]
+        < cut(RunDir(folder / "again").create())["teacher_parameters"]
+    )
+    return store, str(folder / "teacher"), str(folder / "student")
+
+
+def job_of(family, steps=12, **fields):
+    store, teacher, student = family
+    settings = tiny_task.settings(steps, 3e-3) | {"init_from": student, "teacher": teacher} | fields
+    return Distill(task=tiny_task.task(store), mesh=ONE, **settings)
+
+
+def test_a_student_learns_from_a_live_teacher_and_from_its_logits_on_disk(family, tmp_path, monkeypatch):
+    assert t5style.load(family[2]).config == t5style.load(family[1]).config.replace(decoder_layers=1, d_ff=32)
+    live = job_of(family, log_every=1, eval_split="validation")
+    figures = live(RunDir(tmp_path / "live").create())
+    lines = [line for line in RunDir(tmp_path / "live").read_metrics() if "train/distillation" in line]
+    assert lines[-1]["train/distillation"] < lines[0]["train/distillation"]
+    assert figures["eval/opposites/teacher_loss"] < figures["eval/opposites/loss"]
+    lineage = json.loads((tmp_path / "live" / "lineage.json").read_text())
+    assert lineage["teacher"] == family[1]
+    assert lineage["parent"].startswith(family[2])
+    # All but one of 40 tokens: nothing is lost, and it is the same training.
+    cached = dataclasses.replace(live, cache=str(tmp_path / "logits"), top_k=39)
+    same = cached(RunDir(tmp_path / "cached").create())
+    np.testing.assert_allclose(same["train_loss"], figures["train_loss"], rtol=1e-4)
+    assert "eval/opposites/teacher_loss" not in same
+    # Another run on the same rows needs no teacher.
+    monkeypatch.setattr(Distill, "_teacher", None)
+    other = dataclasses.replace(cached, beta=1.0, eval_split=None)
+    other(RunDir(tmp_path / "other").create())
+    with pytest.raises(
+        UserError, match=r"were made with temperature 1.0, this run has 2.0: choose another folder"
+    ):
+        dataclasses.replace(cached, temperature=2.0)(RunDir(tmp_path / "hot").create())
+    for part in (tmp_path / "logits").glob("*.npz"):
+        part.unlink()
+    with pytest.raises(UserError, match="lack a row of this run's batches"):
+        cached(RunDir(tmp_path / "broken").create())
+
+
+def test_refuses_teachers_that_speak_another_language(family, tmp_path):
+    for changes, said in (
+        ({"vocab_size": 41}, r"the student has 40 logits, the teacher .* 41: probabilities are compared"),
+        ({"encoder_layers": 1}, "the student is decoder_only, the teacher encoder_decoder"),
+    ):
+        config: TransformerConfig = t5style.load(family[1]).config.replace(**changes)
+        with pytest.raises(UserError, match=said):
+            job_of(family, teacher_model=config).resolved()
+    with pytest.raises(ValueError, match="teacher is not set"):
+        job_of(family, teacher=None)
+    with pytest.raises(ValueError, match="beta is 2; it must lie between 0 and 1"):
+        job_of(family, beta=2)
+    with pytest.raises(UserError, match="top_k is 40, but the teacher has 40 tokens"):
+        distill.teacher_logits.Identity.of(family[1], 40, 40, 1.0)
