@@ -19,6 +19,7 @@ from t5style.nn.parameter import Named, is_named, unbox
 from t5style.nn.pipeline import run_stack
 from t5style.nn.positions import rotary_angles
 from t5style.nn.stack import unstack
+from t5style.parallel.rules import path_name
 
 
 class Stack(nn.Module):
@@ -138,6 +139,7 @@ class Stack(nn.Module):
         keys = None
         if c.dropout and not deterministic:
             x = self.dropout(x, deterministic=False)
+        if (c.dropout and not deterministic) or (self.has_rng("dropout") and self._drops_in_adapters()):
             keys = jax.random.split(self.make_rng("dropout"), len(self.order))
         x, routers = run_stack(
             layer,
@@ -153,6 +155,10 @@ class Stack(nn.Module):
         x = self.dropout(self._normalised(x), deterministic=deterministic)
         router = routers.get("moe_layers")  # sums by row: [layers, batch, ...]
         return x, jax.tree.map(lambda leaf: leaf.sum(axis=1), router)
+
+    def _drops_in_adapters(self) -> bool:
+        paths = jax.tree_util.tree_leaves_with_path(self.groups)
+        return any(path_name(path).endswith("/lora_dropout") for path, _ in paths)
 
     def _normalised(self, x: jax.Array) -> jax.Array:
         return self.final_norm(x) if self.config.final_norm else x

@@ -103,7 +103,9 @@ def quantize_int8(kernel: jax.Array, inner: Sequence[int]) -> tuple[jax.Array, j
 class Projection(nn.Module):
     """A learned linear map: `[..., *inner] -> [..., *outer]`, kernel `[*inner, *outer]`, bias `[*outer]`.
 
-    A kernel that is given in int8 has its scales beside it: kernel_scale f32 `[*outer]`.
+    A kernel that is given in int8 has its scales beside it: kernel_scale f32 `[*outer]`. What an adapter has
+    put beside it is used too (models/adapters.py): lora_a `[*inner, rank]` and lora_b `[rank, *outer]`,
+    lora_magnitude `[*outer]`, lora_dropout, ia3_input `[*inner]`, ia3_output `[*outer]`, and a bias.
 
     Attributes:
       inner, outer: sizes of the dimensions summed over and of those made.
@@ -137,6 +139,8 @@ class Projection(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., *inner] -> [..., *outer]`."""
         contracted, out_dtype = len(self.inner), self.out_dtype and jnp.dtype(self.out_dtype)
+        if self.has_variable("params", "ia3_input"):
+            x = x * self._given("ia3_input").astype(x.dtype)
         if self.kernel.dtype == jnp.int8:
             scale = self.get_variable("params", "kernel_scale")
             product = project_int8(x, self.kernel, scale, contracted=contracted, out_dtype=out_dtype)
@@ -149,4 +153,33 @@ class Projection(nn.Module):
                 out_dtype=out_dtype,
                 quantized=self.quantized,
             )
-        return product + self.offset.astype(product.dtype) if self.bias else product
+        if self.has_variable("params", "lora_a"):
+            product = self._with_lora(x, product)
+        if self.bias:
+            product = product + self.offset.astype(product.dtype)
+        elif self.has_variable("params", "bias"):
+            product = product + self._given("bias").astype(product.dtype)
+        if self.has_variable("params", "ia3_output"):
+            product = product * self._given("ia3_output").astype(product.dtype)
+        return product
+
+    def _given(self, name: str) -> jax.Array:
+        return self.get_variable("params", name)
+
+    def _with_lora(self, x: jax.Array, product: jax.Array) -> jax.Array:
+        """x W + x A B, two thin products more; or that with the columns' magnitudes (DoRA, equation 5)."""
+        a, b, contracted = self._given("lora_a"), self._given("lora_b"), len(self.inner)
+        if self.has_variable("params", "lora_dropout") and self.has_rng("dropout"):
+            rate = self._given("lora_dropout")
+            keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - rate, x.shape)
+            x = jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+        low = project(x, a, contracted=contracted, precision=self.precision)  # [..., rank]
+        total = product + project(low, b, precision=self.precision, out_dtype=product.dtype)
+        if not self.has_variable("params", "lora_magnitude"):
+            return total
+        weight = self.kernel.astype(jnp.float32)
+        if self.kernel.dtype == jnp.int8:
+            weight = weight * self._given("kernel_scale")
+        weight = weight + jnp.tensordot(a, b, 1).astype(jnp.float32)  # [*inner, *outer]
+        norm = jnp.sqrt(jnp.square(jax.lax.stop_gradient(weight)).sum(axis=tuple(range(contracted))))
+        return total * (self._given("lora_magnitude") / norm).astype(total.dtype)
