@@ -62,6 +62,16 @@ def huggingface_config(folder: str | Path, dtype: str = "float32") -> Transforme
     return _open(Path(folder), dtype)[0]
 
 
+def rows(
+    folder: str | Path, dtype: str = "float32"
+) -> tuple[TransformerConfig, list[convert_stream.Placed], Callable[[str], np.ndarray]]:
+    """What load_huggingface loads, for those who want one parameter after the other: the config, the rows,
+    and what reads a tensor of theirs; `convert_stream.load` makes parameters of some of the rows.
+    """
+    config, placed, tensors = _open(Path(folder), dtype)
+    return config, placed, lambda name: tensors[name].read()
+
+
 def _open(
     folder: Path, dtype: str
 ) -> tuple[TransformerConfig, list[convert_stream.Placed], dict[str, Tensor]]:

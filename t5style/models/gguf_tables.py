@@ -51,6 +51,16 @@ def load_gguf(
         raise UserError(f"dtype = {dtype!r} is not one of {', '.join(DTYPES)}")
     if mesh is not None and shardings is not None:
         raise ValueError("give a mesh or shardings, not both")
+    config, placed, read = gguf_rows(file, dtype)
+    if mesh is not None:
+        shardings = param_shardings(logical_axes(config), abstract_params(config), mesh)
+    return config, convert_stream.load(placed, read, dtype, shardings)
+
+
+def gguf_rows(
+    file: GgufFile | str | Path, dtype: str = "float32"
+) -> tuple[TransformerConfig, list[convert_stream.Placed], Reader]:
+    """What load_gguf loads, see convert.rows."""
     file = file if isinstance(file, GgufFile) else GgufFile(file)
     theirs, shapes, read = huggingface(file, dtype)
     family, config = _family(file, theirs, dtype)
@@ -58,9 +68,7 @@ def load_gguf(
     used = convert_stream.check(placed, shapes, str(file.path), "metadata")
     if left := sorted(set(shapes) - used):
         raise UserError(f"{file.path} has {len(left)} tensors with no place in this model: {some(left)}")
-    if mesh is not None:
-        shardings = param_shardings(logical_axes(config), abstract_params(config), mesh)
-    return config, convert_stream.load(placed, read, dtype, shardings)
+    return config, placed, read
 
 
 def gguf_config(file: GgufFile, dtype: str = "float32") -> TransformerConfig:

@@ -368,6 +368,30 @@ def restore_params(
         return reader.restore(folder / STATE, args=arguments)["params"]
 
 
+def read_array(path: epath.PathLike, name: str) -> np.ndarray:
+    """One parameter of a checkpoint folder `<checkpoints>/<step>`, on the host: 'decoder/layers/mlp/...'.
+
+    Raises:
+      UserError: it has no such parameter.
+    """
+    folder, keys = _absolute(path), name.split("/")
+    leaf = _saved_tree(folder)["params"]
+    for key in keys:
+        if key not in leaf:
+            raise run_dir.UserError(f"checkpoint {folder} has no parameter {name}: it is of another model")
+        leaf = leaf[key]
+    item: Any = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    arguments: Any = ocp.RestoreArgs(restore_type=np.ndarray)
+    for key in reversed(["params", *keys]):
+        item, arguments = {key: item}, {key: arguments}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        restored = reader.restore(
+            folder / STATE,
+            args=ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True),
+        )
+    return np.asarray(functools.reduce(lambda tree, key: tree[key], ["params", *keys], restored))
+
+
 def _saved_tree(path: epath.Path) -> Any:
     """Names, shapes and dtypes in a checkpoint: nested dicts and lists with metadata leaves."""
     # The handler itself: the checkpointer around it warns of a file that items do not have.
