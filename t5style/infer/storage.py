@@ -22,7 +22,7 @@ from t5style.infer.ids import TokenIds, token_ids
 from t5style.models import convert, t5x
 from t5style.models.config import DTYPES, TransformerConfig
 from t5style.models.gguf import GgufFile
-from t5style.models.gguf_tables import load_gguf
+from t5style.models.gguf_tables import gguf_config, load_gguf
 from t5style.models.params import abstract_params, logical_axes
 from t5style.parallel.mesh import MeshConfig
 from t5style.parallel.rules import param_shardings
@@ -91,6 +91,35 @@ def load(path: PathLike, dtype: Any = None, mesh: Mesh | MeshConfig | None = Non
         "state/ (a checkpoint in one), config.json with safetensors (a Hugging Face directory), or a T5X "
         "checkpoint" + (f". It holds the run folders {', '.join(inner)}: name one of them" if inner else "")
     )
+
+
+def describe(path: PathLike) -> Stored:
+    """What `load` finds beside the parameters, which are None here and not read.
+
+    Raises:
+      UserError: there is no run folder, checkpoint, Hugging Face directory or .gguf file.
+    """
+    folder = epath.Path(path)
+    place = os.fspath(folder)
+    if folder.suffix == ".gguf" and folder.is_file():
+        file = GgufFile(place)
+        own = gguf_vocabulary.vocabulary(file.metadata, place)
+        ids = gguf_vocabulary.token_ids(file.metadata, own) if own is not None else None
+        return Stored(gguf_config(file), None, own, ids, path=place)
+    if (run := _run_folder(folder)) is not None:
+        config = TransformerConfig.from_json((run / MODEL_FILE).read_text())
+        held = run / VOCABULARY_FOLDER
+        return Stored(config, None, vocabulary_lib.load(held) if held.exists() else None, path=place)
+    if not (folder / "config.json").exists():
+        raise UserError(
+            f"there is no model at {place!r}: give a run folder, a checkpoint, a Hugging Face directory"
+        )
+    described, other = _read_json(folder / "config.json"), folder / "generation_config.json"
+    config = convert.huggingface_config(place)
+    words = _tokenizer(folder, config)
+    fields = {**(_read_json(other) if other.exists() else {}), **_without_none(described)}
+    ids = _huggingface_ids(folder, config, fields, words)
+    return Stored(config, None, words, ids, path=place, family=described["model_type"])
 
 
 def _dtype_name(dtype: Any) -> str | None:

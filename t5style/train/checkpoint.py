@@ -368,28 +368,33 @@ def restore_params(
         return reader.restore(folder / STATE, args=arguments)["params"]
 
 
-def read_array(path: epath.PathLike, name: str) -> np.ndarray:
-    """One parameter of a checkpoint folder `<checkpoints>/<step>`, on the host: 'decoder/layers/mlp/...'.
+class ArrayReader:
+    """Parameters of one checkpoint folder `<checkpoints>/<step>`, one at a time, on the host.
 
-    Raises:
-      UserError: it has no such parameter.
+    Attributes:
+      names: of all of them, as 'decoder/layers/mlp/output/kernel'.
     """
-    folder, keys = _absolute(path), name.split("/")
-    leaf = _saved_tree(folder)["params"]
-    for key in keys:
-        if key not in leaf:
-            raise run_dir.UserError(f"checkpoint {folder} has no parameter {name}: it is of another model")
-        leaf = leaf[key]
-    item: Any = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-    arguments: Any = ocp.RestoreArgs(restore_type=np.ndarray)
-    for key in reversed(["params", *keys]):
-        item, arguments = {key: item}, {key: arguments}
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        restored = reader.restore(
-            folder / STATE,
-            args=ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True),
-        )
-    return np.asarray(functools.reduce(lambda tree, key: tree[key], ["params", *keys], restored))
+
+    def __init__(self, path: epath.PathLike) -> None:
+        self._folder = _absolute(path)
+        saved = jax.tree_util.tree_leaves_with_path(_saved_tree(self._folder)["params"])
+        self._leaves = {path_name(keys): leaf for keys, leaf in saved}
+        self._reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._leaves)
+
+    def read(self, name: str) -> np.ndarray:
+        """The parameter of that name."""
+        leaf, keys = self._leaves[name], ["params", *name.split("/")]
+        item: Any = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        how: Any = ocp.RestoreArgs(restore_type=np.ndarray)
+        for key in reversed(keys):
+            item, how = {key: item}, {key: how}
+        arguments = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
+        restored = self._reader.restore(self._folder / STATE, args=arguments)
+        return np.asarray(functools.reduce(lambda tree, key: tree[key], keys, restored))
 
 
 def _saved_tree(path: epath.Path) -> Any:
