@@ -19,15 +19,17 @@ from t5style.corpus.vocabulary import SentencePieceVocabulary, TokenizerVocabula
 from t5style.infer import embedding, gguf_vocabulary
 from t5style.infer.embedding import Embedding
 from t5style.infer.ids import TokenIds, token_ids
-from t5style.models import convert, t5x
+from t5style.models import adapters, convert, t5x
 from t5style.models.config import DTYPES, TransformerConfig
 from t5style.models.gguf import GgufFile
 from t5style.models.gguf_tables import gguf_config, load_gguf
-from t5style.models.params import abstract_params, logical_axes
+from t5style.models.params import abstract_params
 from t5style.parallel.mesh import MeshConfig
 from t5style.parallel.rules import param_shardings
 from t5style.run_dir import PathLike, UserError, atomic_write
 from t5style.train import checkpoint
+from t5style.train import state as state_lib
+from t5style.train.state import Trained
 
 MODEL_FILE, VOCABULARY_FOLDER, CHECKPOINTS = "model.json", "vocabulary", "checkpoints"
 # In the order they are looked for. A SentencePiece model comes first: reading it needs no optional library.
@@ -157,13 +159,55 @@ def _load_run(folder: epath.Path, run: epath.Path, dtype: str | None, mesh: Mesh
         raise UserError(f"{run / MODEL_FILE}: {error}") from None
     if dtype is not None:
         config = config.replace(dtype=dtype, param_dtype=dtype)
-    abstract = abstract_params(config)
-    shardings = None if mesh is None else param_shardings(logical_axes(config), abstract, mesh)
-    params = checkpoint.restore_params(folder, shardings, dtype, abstract)
+    params, family = _load_parameters(folder, run, config, dtype, mesh)
     vocabulary = None
     if (run / VOCABULARY_FOLDER).exists():
         vocabulary = vocabulary_lib.load(run / VOCABULARY_FOLDER)
-    return Stored(config, params, vocabulary, mesh=mesh, path=os.fspath(folder))
+    return Stored(config, params, vocabulary, mesh=mesh, path=os.fspath(folder), family=family)
+
+
+def _load_parameters(
+    folder: epath.Path, run: epath.Path, config: TransformerConfig, dtype: str | None, mesh: Mesh | None
+) -> tuple[Any, str | None]:
+    """A run's parameters, and the family of its base where it has trained an adapter. Heads beside the
+    model's own parameters are left out.
+    """
+    adapter, base, family = None, None, None
+    if (run / adapters.FILE).exists():
+        described = _read_json(run / adapters.FILE)
+        adapter = adapters.described(described)
+        stored = _base(described["base"], run, config, dtype, mesh)
+        base, family = stored.params, stored.family
+        if not adapters.belongs(described, base):
+            raise UserError(
+                f"{run} is an adapter for the model that was at {described['base']}, but another one is "
+                "there "
+                "now (its parameters differ): put the old one back, or train the adapter on the new one."
+            )
+    heads = tuple(checkpoint.read_metadata(checkpoint.find(folder)).get("heads", ()))
+    trained = Trained(config, adapter, heads)
+    abstract = state_lib.abstract_params(trained)
+    shardings = None if mesh is None else param_shardings(state_lib.logical_axes(trained), abstract, mesh)
+    own = checkpoint.restore_params(folder, shardings, dtype, abstract)
+    own = {name: value for name, value in own.items() if name not in heads}
+    return (own if adapter is None else adapter.apply(config, base, own)), family
+
+
+def _base(
+    path: str, run: epath.Path, config: TransformerConfig, dtype: str | None, mesh: Mesh | None
+) -> Stored:
+    """The model that the adapter in a run folder belongs to."""
+    if not epath.Path(path).exists():
+        raise UserError(
+            f"{run} is an adapter for the model {path}, which is not there any more: put it back, or correct "
+            f"'base' in {run / adapters.FILE}"
+        )
+    stored = load(path, dtype or config.param_dtype, mesh)
+    if abstract_params(stored.config) != abstract_params(config):
+        raise UserError(
+            f"{run} is an adapter for another model than {path}: its parameters have other shapes"
+        )
+    return stored
 
 
 # ----------------------------------------------------------------------------------- Hugging Face directories

@@ -2,8 +2,8 @@
 
 An adapter's parameters lie inside the model's tree beside what they change, stacked over layers as that is:
 `decoder/layers/attention/query/lora_a`. Merged into the base's tree by `apply`, they are used wherever a
-model is: nn/projection.Projection looks for them as it does for int8's scales. So training, decoding with a cache,
-scanned and unrolled layers and every mesh work with them unchanged.
+model is: nn/projection.Projection looks for them as it does for int8's scales. So training, decoding with a
+cache, scanned and unrolled layers and every mesh work with them unchanged.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from t5style.models.config import TransformerConfig
 from t5style.parallel.rules import is_axes, no_mesh, path_name
 
 Tree = Any
+FILE = "adapter.json"  # in a run folder
 PROJECTIONS = ("attention/", "mlp/")  # of self- and cross-attention, and of the MLPs
 
 
@@ -135,6 +136,58 @@ def _map(function: Callable[[str, Any], Any], tree: Tree, name: str = "") -> Tre
     return function(name, tree)
 
 
+# --- on disk ---
+
+
+def describe(adapter: Adapter, base: Tree, path: str) -> dict[str, Any]:
+    """An adapter and what it was trained on, as JSON values.
+
+    Args:
+      adapter: its settings.
+      base: the parameters that it belongs to.
+      path: where these come from.
+    """
+    settings = dataclasses.asdict(adapter)  # type: ignore[call-overload]
+    return {"type": type(adapter).__name__, "settings": settings, "base": path, "probes": _probes(base)}
+
+
+def described(description: Mapping[str, Any]) -> Adapter:
+    """The adapter of a description.
+
+    Raises:
+      ValueError: its type or a setting is not known.
+    """
+    kind = description["type"]
+    if kind not in KINDS:
+        raise ValueError(f"there is no adapter of type {kind!r}, only {', '.join(KINDS)}")
+    try:
+        return KINDS[kind](**description["settings"])
+    except TypeError as error:
+        raise ValueError(f"the settings of the adapter {kind}: {error}") from None
+
+
+def belongs(description: Mapping[str, Any], base: Tree) -> bool:
+    """Whether the adapter was trained on these parameters (in whatever dtype)."""
+    theirs, ours = description["probes"], _probes(base)
+    return theirs.keys() == ours.keys() and all(
+        math.isclose(ours[name], value, rel_tol=0.01, abs_tol=1e-6) for name, value in theirs.items()
+    )
+
+
+def _probes(base: Tree) -> dict[str, float]:
+    """A number out of the middle of each parameter that no quantisation changes: embeddings, norms."""
+    leaves = {
+        path_name(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(base)
+        if path_name(path[-1:]) in ("embedding", "scale", "table", "position_embedding")
+    }
+    middle = jax.jit(lambda leaves: {name: leaf.reshape(-1)[leaf.size // 2] for name, leaf in leaves.items()})
+    return {name: float(value) for name, value in jax.device_get(middle(leaves)).items()}
+
+
+# --- the kinds ---
+
+
 @dataclasses.dataclass(frozen=True)
 class Lora:
     """Low-rank adaptation (Hu et al. 2021): x W + s (x A) B, with A `[inner, rank]` and B `[rank, outer]`.
@@ -210,3 +263,6 @@ class Lora:
             }
             own = merged(own, nested(rates))
         return merged(base, own)
+
+
+KINDS: dict[str, type[Adapter]] = {"Lora": Lora}

@@ -262,7 +262,7 @@ class Pretrain:
             state, frozen, progress, start = self._start(run, mesh, source, keeper)
             self._preflight(run, mesh, source, evaluated, start)
             if run_dir.is_main_process():
-                self._describe(run, source)
+                self._describe(run, source, frozen)
             loop = self._loop(run, mesh, source, evaluated, keeper, goodput, lowered, frozen)
             state, progress = loop.run_to_end(state, progress)
         return self._figures(state, progress, goodput, source, time.perf_counter() - began)
@@ -293,7 +293,7 @@ class Pretrain:
         sides, architecture = self.program.sides(), self.model.architecture
         return BatchSource(task, split, rows, sides, architecture, self.seed, self.pack, shuffle)
 
-    def _describe(self, run: run_dir.RunDir, source: BatchSource) -> None:
+    def _describe(self, run: run_dir.RunDir, source: BatchSource, frozen: Any) -> None:
         """Writes what is needed to use the checkpoints."""
         run_dir.atomic_write(run.path / "model.json", self.model.to_json())
         source.vocabulary.save(run.path / "vocabulary")

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from t5style import run_dir
 from t5style.data.pipeline import empty_batch
 from t5style.models import params as model_params
+from t5style.models.adapters import Adapter
 from t5style.models.config import TransformerConfig
 from t5style.nn import pipeline
 from t5style.parallel import mesh as mesh_lib
@@ -30,9 +31,6 @@ from t5style.train import state as state_lib
 from t5style.train.optimizer import Optimizer
 from t5style.train.state import Trained, TrainState
 from t5style.train.step import LanguageModelLoss, Loss, make_eval_step, make_train_step
-
-if TYPE_CHECKING:
-    from t5style.models.adapters import Adapter
 
 
 @dataclasses.dataclass(frozen=True)

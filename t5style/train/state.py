@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,10 @@ from flax import struct
 from jax.sharding import Mesh
 
 from t5style.models import params as model_params
+from t5style.models.adapters import Adapter
 from t5style.models.config import TransformerConfig
 from t5style.parallel import mesh as mesh_lib
 from t5style.parallel import rules as rules_lib
-
-if TYPE_CHECKING:
-    from t5style.models.adapters import Adapter
 
 
 @struct.dataclass

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -14,6 +15,8 @@ from t5style.data.pipeline import BatchSource
 from t5style.data.task import Mixture, Task
 from t5style.data.token_store import TokenStore
 from t5style.infer.chat import located
+from t5style.models import adapters
+from t5style.models.adapters import Adapter
 from t5style.models.config import TransformerConfig
 from t5style.parallel import rules
 from t5style.train import initialize
@@ -21,9 +24,6 @@ from t5style.train import state as state_lib
 from t5style.train.pretrain import Figures, Pretrain
 from t5style.train.program import TrainingProgram
 from t5style.tune import parent
-
-if TYPE_CHECKING:
-    from t5style.models.adapters import Adapter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +121,13 @@ class Finetune(Pretrain):
     def make_program(self) -> TrainingProgram:
         """See Pretrain.make_program."""
         return dataclasses.replace(super().make_program(), adapter=self.adapter)
+
+    def _describe(self, run: run_dir.RunDir, source: BatchSource, frozen: Any) -> None:
+        super()._describe(run, source, frozen)
+        if self.adapter is not None:
+            assert self.init_from is not None
+            described = adapters.describe(self.adapter, frozen["base"], self.init_from)
+            run_dir.atomic_write(run.path / adapters.FILE, json.dumps(described, indent=1) + "\n")
 
     def _parent(self, mesh: Mesh, source: BatchSource) -> initialize.Start:
         assert self.init_from is not None and self.model is not None  # noqa: PT018
