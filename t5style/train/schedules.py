@@ -1,4 +1,12 @@
-"""Learning rates as functions of the step, built from optax's own schedules."""
+"""Learning rates as functions of the step, built from optax's own schedules.
+
+To train a finished model on, on new data, the rate goes up and comes down again ("re-warming and
+re-decaying": Ibrahim et al. 2024, section 6.1): kind 'cosine' with warmup_steps of a hundredth or less of the
+run, peak as in the first training or below it, and final_fraction 0.1, which is theirs. Where the end of
+training is not known, or is to be put off again, 'wsd' goes on from a checkpoint of its constant part without
+going up again (their "infinite" schedules, section 7.4, are of this kind): give the new run no warmup, the
+same peak, and let it decay.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +20,8 @@ KINDS = ("constant", "linear", "cosine", "rsqrt", "wsd")
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A learning-rate schedule: a linear ramp from 0 to `peak` over `warmup_steps`, then by kind.
+    """A learning-rate schedule: a linear ramp from `initial_fraction` · peak to `peak` over `warmup_steps`,
+    then by kind.
 
     Attributes:
       kind: what follows the ramp.
@@ -29,6 +38,8 @@ class Schedule:
       final_fraction: the last learning rate as a fraction of `peak` (linear, cosine, wsd).
       timescale: see 'rsqrt'.
       decay_fraction: see 'wsd'.
+      initial_fraction: the learning rate that the ramp begins with, as a fraction of `peak`; where training
+        goes on, final_fraction of the run before, for example.
     """
 
     kind: str = "cosine"
@@ -38,6 +49,7 @@ class Schedule:
     final_fraction: float = 0.0
     timescale: int = 10_000
     decay_fraction: float = 0.2
+    initial_fraction: float = 0.0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -46,10 +58,9 @@ class Schedule:
             raise ValueError(f"Schedule.peak is {self.peak}; a learning rate must be above 0.")
         if self.warmup_steps < 0:
             raise ValueError(f"Schedule.warmup_steps is {self.warmup_steps}; it must be 0 or more.")
-        if not 0 <= self.final_fraction <= 1:
-            raise ValueError(
-                f"Schedule.final_fraction is {self.final_fraction}; it must lie between 0 and 1."
-            )
+        for name in ("final_fraction", "initial_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"Schedule.{name} is {getattr(self, name)}; it must lie between 0 and 1.")
         if not 0 < self.decay_fraction <= 1:
             raise ValueError(f"Schedule.decay_fraction is {self.decay_fraction}; it must lie in (0, 1].")
         if self.timescale < 1:
@@ -87,11 +98,13 @@ class Schedule:
         if self.warmup_steps == 0:
             return after
         return optax.join_schedules(
-            [optax.linear_schedule(0.0, self.peak, self.warmup_steps), after], [self.warmup_steps]
+            [optax.linear_schedule(self.initial_fraction * self.peak, self.peak, self.warmup_steps), after],
+            [self.warmup_steps],
         )
 
     def _rsqrt(self, step: optax.ScalarOrSchedule) -> jnp.ndarray:
         # Not joined at the end of the ramp: T5's curve counts from step 0.
         n = jnp.asarray(step, jnp.float32)
-        ramp = jnp.minimum(1.0, n / self.warmup_steps) if self.warmup_steps else 1.0
+        first = self.initial_fraction
+        ramp = first + (1 - first) * jnp.minimum(1.0, n / self.warmup_steps) if self.warmup_steps else 1.0
         return ramp * self.peak * jnp.sqrt(self.timescale / jnp.maximum(n, self.timescale))

@@ -27,6 +27,14 @@ def test_constant() -> None:
     np.testing.assert_allclose(values(Schedule("constant", 0.3)), 0.3, rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["constant", "rsqrt"])
+def test_the_ramp_may_begin_above_0(kind) -> None:
+    got = values(Schedule(kind, 0.4, warmup_steps=10, initial_fraction=0.25, timescale=200))
+    np.testing.assert_allclose(got, 0.4 * (0.25 + 0.75 * ramp(N, 10)), rtol=1e-5)
+    with pytest.raises(ValueError, match="initial_fraction is 2; it must lie between 0 and 1"):
+        Schedule(initial_fraction=2)
+
+
 def test_linear() -> None:
     got = values(Schedule("linear", 0.5, warmup_steps=20, final_fraction=0.1))
     want = np.where(N < 20, 0.5 * N / 20, 0.5 + (0.05 - 0.5) * (N - 20) / 80)
