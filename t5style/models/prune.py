@@ -48,7 +48,8 @@ class Student:
     """What stays of a teacher. A whole number is a count, a number between 0 and 1 a share; None: all.
 
     Attributes:
-      encoder_layers, decoder_layers: how many, or which ones (a list of numbers from 0).
+      encoder_layers, decoder_layers: how many, or which ones (a list of numbers from 0). A share of an
+        encoder that there is not is none.
       num_heads, num_kv_heads: where several heads share keys and values, whole groups go with num_kv_heads,
         and num_heads is made of equally many of each group that stays.
       d_ff: hidden units of the MLPs (not of experts).
@@ -171,7 +172,9 @@ def choose(config: TransformerConfig, student: Student, statistics: Statistics) 
     if config.architecture == "encoder_only":
         raise UserError("an encoder-only model is not pruned: give an encoder-decoder or a decoder-only one")
     layers = {side: _layers(config, student, statistics, side) for side in SIDES if config.layers_of(side)}
-    if student.encoder_layers is not None and not config.encoder_layers:
+    if not (
+        student.encoder_layers is None or isinstance(student.encoder_layers, float) or config.encoder_layers
+    ):
         raise UserError(
             f"encoder_layers is {student.encoder_layers}, but the teacher has no encoder: leave it out"
         )

@@ -3,7 +3,7 @@
     penalties   L2-SP and elastic weight consolidation, added to a loss (Penalized) by a job (Continue)
     Fisher      the job that measures how much each parameter matters to the older task
     replay      a data.task.Mixture with rates: the old data again in a share of the rows
-    (gin/data/replay_mixture.gin) rates       train.schedules.Schedule: the learning rate goes up again and
+    (gin/runs/continual.gin) rates       train.schedules.Schedule: the learning rate goes up again and
     comes down again
 
 Ibrahim et al. 2024 (Simple and scalable strategies to continually pre-train large language models) find that
