@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import importlib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -161,7 +162,7 @@ def described(description: Mapping[str, Any]) -> Adapter:
     if kind not in KINDS:
         raise ValueError(f"there is no adapter of type {kind!r}, only {', '.join(KINDS)}")
     try:
-        return KINDS[kind](**description["settings"])
+        return getattr(importlib.import_module(KINDS[kind]), kind)(**description["settings"])
     except TypeError as error:
         raise ValueError(f"the settings of the adapter {kind}: {error}") from None
 
@@ -265,4 +266,9 @@ class Lora:
         return merged(base, own)
 
 
-KINDS: dict[str, type[Adapter]] = {"Lora": Lora}
+# Modules that import this one are named, and imported when one of their kinds is met.
+KINDS = {
+    "Lora": __name__,
+    "Ia3": "t5style.models.adapters_vectors",
+    "BitFit": "t5style.models.adapters_vectors",
+}

@@ -124,7 +124,7 @@ def save_huggingface(
       UserError: no family of Hugging Face's computes what this config describes; the sentence says what is in
         the way.
     """
-    name, theirs = _family_of(config, family)
+    name, theirs = family_of(config, family)
     chosen = FAMILIES[name]
     clash = sorted(set(theirs) & set(extra or {}))
     if clash:
@@ -198,7 +198,7 @@ def _check_dtypes(tensors: Mapping[str, Tensor], used: set[str]) -> None:
 # --- saving ---
 
 
-def _family_of(config: TransformerConfig, family: str | None) -> tuple[str, dict[str, Any]]:
+def family_of(config: TransformerConfig, family: str | None) -> tuple[str, dict[str, Any]]:
     """The name of the family to save as, and its config.json."""
     if family is not None and family not in FAMILIES:
         raise UserError(f"family = {family!r} is not one of {', '.join(FAMILIES)}")
