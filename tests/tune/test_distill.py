@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import t5style
+from t5style.data.token_store import TokenStore
 from t5style.models.config import TransformerConfig
 from t5style.models.prune import Student
 from t5style.parallel.mesh import MeshConfig
@@ -18,7 +19,9 @@ from t5style.train.pretrain import Pretrain
 from t5style.tune import distill
 from t5style.tune.distill import Distill, DistillationLoss
 from t5style.tune.divergences import divergence, with_rest
+from t5style.tune.imitate import Imitate
 from t5style.tune.students import MakeStudent
+from t5style.tune.supervised import Finetune
 from tests.evaluate import tiny_task
 from tests.tune.make_golden_distillation import GOLDEN, SETTINGS, inputs
 
@@ -183,3 +186,33 @@ def test_refuses_teachers_that_speak_another_language(family, tmp_path):
         job_of(family, beta=2)
     with pytest.raises(UserError, match="top_k is 40, but the teacher has 40 tokens"):
         distill.teacher_logits.Identity.of(family[1], 40, 40, 1.0)
+
+
+def test_a_student_is_tuned_on_its_teachers_answers(family, tmp_path):
+    store, teacher, student = family
+    fields = {"lengths": tiny_task.LENGTHS, "max_new_tokens": 12, "batch_size": 4}
+    job = Imitate(teacher, tiny_task.task(store), max_examples=10, **fields)
+    counts = job(RunDir(tmp_path / "answers").create())
+    assert counts["prompts"] == 10
+    assert counts["examples"] + counts["unfinished"] + counts["empty"] == 10
+    model, made = t5style.load(teacher), TokenStore.open(tmp_path / "answers")
+    lines = [json.loads(line) for line in (tmp_path / "answers" / "examples.jsonl").read_text().splitlines()]
+    assert len(lines) == counts["examples"] == made.num_examples("train")
+    assert [line["completion"] for line in lines] == model.generate([line["prompt"] for line in lines], 12)
+    targets = made.examples("train", "targets", range(len(lines)))
+    assert all(tokens[-1] == 1 for tokens in targets)
+    texts = [tiny_task.VOCABULARY.decode(row) for row in made.examples("train", "inputs", range(len(lines)))]
+    assert texts == [line["prompt"] for line in lines]
+    # Stopped after six answers and half a line: the rest is as it was.
+    whole = (tmp_path / "answers" / "answers.jsonl").read_bytes()
+    again = RunDir(tmp_path / "again").create()
+    (again.path / "answers.jsonl").write_bytes(
+        b"\n".join(whole.split(b"\n")[:6]) + b"\n" + whole.split(b"\n")[6][:9]
+    )
+    assert job(again) == counts
+    assert (again.path / "answers.jsonl").read_bytes() == whole
+    Finetune(**tiny_task.settings(2), init_from=student, store=str(tmp_path / "answers"), mesh=ONE)(
+        RunDir(tmp_path / "tuned").create()
+    )
+    with pytest.raises(UserError, match="answers has ended within 1 tokens: raise max_new_tokens"):
+        dataclasses.replace(job, max_new_tokens=1)(RunDir(tmp_path / "short").create())
