@@ -34,12 +34,14 @@ class PairSource:
       extras: what a batch also has, names from EXTRAS; a margin that the store does not have is 0.
       reference: log-likelihoods of the reference model by example, f32 [examples, 2]; set once known.
       use_margins: False: a margin is 0 although the store has one.
+      room: empty places behind every row of the decoder.
     """
 
     source: BatchSource
     extras: tuple[str, ...] = ()
     reference: np.ndarray | None = None
     use_margins: bool = True
+    room: int = 0
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "source":  # while it is being copied there is no source yet
@@ -60,7 +62,9 @@ class PairSource:
 
     def _finished(self, batch: Batch) -> Batch:
         examples = batch["example"]
-        made = {name: value for name, value in batch.items() if name.startswith(("encoder_", "decoder_"))}
+        behind = ((0, 0), (0, 0), (0, self.room))
+        made = {name: value for name, value in batch.items() if name.startswith("encoder_")}
+        made |= {name: np.pad(value, behind) for name, value in batch.items() if name.startswith("decoder_")}
         for name in self.extras:
             if name == "reference_log_likelihoods":
                 assert self.reference is not None

@@ -34,13 +34,14 @@ _BIN = "calibration_bin_"
 
 
 def with_last_token(batch: Batch) -> dict[str, jax.Array]:
-    """Rows whose decoder also reads its last target, the token that closes the answer, where there is room.
+    """Rows whose decoder also reads its last target, the token that closes the answer.
 
     A language model never reads the last token of a row, which nothing follows. A reward is said of the whole
     answer.
 
     Args:
-      batch: rows int32 [rows, length], each one example.
+      batch: rows int32 [rows, length], each one example with an empty place behind it; a full row stays as it
+        is.
     """
     length = batch["decoder_segment_ids"].shape[1]
     tokens = (batch["decoder_segment_ids"] > 0).sum(axis=1, keepdims=True)  # [rows, 1]
@@ -166,7 +167,7 @@ class RewardModel(Finetune):
 
     `store` (or `task`) holds preferences: prompt, chosen, rejected, and a margin where the data has one;
     tune.examples.Examples makes such stores of raw files. batch_size counts pairs. The head reads the last
-    token's hidden state and begins at 0. `reward_scorer.Scorer` uses the run folder.
+    token's hidden state and begins at 0. `reward_scorer.RewardScorer` uses the run folder.
 
     Metrics are means over pairs: loss (plain Bradley-Terry), accuracy (ties count half), reward_margin,
     reward_chosen, reward_rejected. Evaluations also give the number of pairs, the accuracy's standard error
@@ -174,6 +175,7 @@ class RewardModel(Finetune):
     accuracy by epoch to <run>/eval/accuracy.txt.
 
     Attributes:
+      lengths: one place of a decoder's row is kept for its last token.
       centering: coefficient that holds rewards around 0; Eisenstein et al. (2023) take 0.01.
       margins: pairs with a margin, how much better the chosen answer is, must be told apart by as much.
       epochs: how often every pair is learnt from; None: as many times as `steps` say. With it the model is
@@ -229,8 +231,13 @@ class RewardModel(Finetune):
         )
 
     def _source(self, task: Task | Mixture, split: str, rows: int, *, shuffle: bool) -> BatchSource:
-        source = super()._source(task, split, rows, shuffle=shuffle)
-        return PairSource(source, ("margin",), use_margins=self.margins)  # type: ignore[return-value]
+        assert self.model is not None
+        sides, architecture = self.program.sides(), self.model.architecture
+        # One place is kept for the last token, see with_last_token.
+        lengths = {**sides, "decoder": sides["decoder"] - 1}
+        source = BatchSource(task, split, rows, lengths, architecture, self.seed, self.pack, shuffle)
+        pairs = PairSource(source, ("margin",), use_margins=self.margins, room=1)
+        return pairs  # type: ignore[return-value]
 
     def __call__(self, run: run_dir.RunDir) -> Figures:
         """See Pretrain.__call__."""

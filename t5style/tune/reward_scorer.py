@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from t5style.corpus import vocabulary as vocabulary_lib
 from t5style.corpus.vocabulary import Vocabulary
 from t5style.data.objectives import DECODER_ONLY, Examples
 from t5style.data.pipeline import Batch, empty_batch, lay_out
-from t5style.infer import storage
+from t5style.infer import chat_tokens, storage
 from t5style.models.config import TransformerConfig
 from t5style.parallel import rules
 from t5style.run_dir import PathLike, UserError
-from t5style.train import checkpoint, state
+from t5style.train import checkpoint
 from t5style.tune.reward_model import HEAD, rewards
 
 _ROUND = 64  # lengths are multiples of it: few programs are compiled
 
 
-class Scorer:
+class RewardScorer:
     """Rewards of answers to prompts.
 
     Args:
@@ -47,7 +47,7 @@ class Scorer:
         self.mesh, self.batch_size = mesh, batch_size
 
     @classmethod
-    def load(cls, path: PathLike, mesh: Mesh | None = None, batch_size: int = 8) -> Scorer:
+    def load(cls, path: PathLike, mesh: Mesh | None = None, batch_size: int = 8) -> RewardScorer:
         """The reward model of a run folder of tune.reward_model.RewardModel, or of one of its checkpoints.
 
         Raises:
@@ -59,29 +59,27 @@ class Scorer:
             raise UserError(
                 f"{path} is no reward model: it has no {HEAD}. Train one with tune.reward_model.RewardModel."
             )
-        config = TransformerConfig.from_json(metadata["model"])
-        run = folder.parent.parent
-        vocabulary = vocabulary_lib.load(run / storage.VOCABULARY_FOLDER)
-        whole = state.Trained(config, heads=(HEAD,))
-        shardings = None
-        if mesh is not None:
-            abstract = state.abstract_params(whole)
-            shardings = rules.param_shardings(state.logical_axes(whole), abstract, mesh)
-        if "adapter" not in metadata:
-            params = checkpoint.restore_params(folder, shardings, abstract=state.abstract_params(whole))
-        else:  # an adapter's own, which storage puts together with its base
-            head = checkpoint.restore_params(folder)[HEAD]
-            params = {**storage.load(path, mesh=mesh).params, HEAD: head}
-        return cls(config, params, vocabulary, mesh, batch_size)
+        stored = storage.load(path, mesh=mesh)  # without heads
+        assert stored.vocabulary is not None  # every run has one
+        head = jax.device_get(checkpoint.restore_params(folder)[HEAD])
+        return cls(stored.config, {**stored.params, HEAD: head}, stored.vocabulary, mesh, batch_size)
 
-    def texts(self, prompts: Sequence[str], answers: Sequence[str]) -> np.ndarray:
-        """Rewards f32 [answers]; the texts are encoded as they are, and the answers closed by the
-        end-of-sequence token.
+    def texts(
+        self, prompts: Sequence[str], answers: Sequence[str], special_tokens: bool = False
+    ) -> np.ndarray:
+        """Rewards f32 [answers]; answers are closed by the end-of-sequence token.
+
+        Args:
+          prompts: as the model reads them, in its chat template if it has one.
+          answers: what it said.
+          special_tokens: prompts spell out special tokens (`<|im_start|>`), which are to be read as such.
         """
-        encode, end = self.vocabulary.encode, self.vocabulary.eos_id
-        return self.tokens(
-            [encode(prompt) for prompt in prompts], [[*encode(answer), end] for answer in answers]
-        )
+        vocabulary = self.vocabulary
+        read = [
+            chat_tokens.encode(vocabulary, prompt)[0] if special_tokens else vocabulary.encode(prompt)
+            for prompt in prompts
+        ]
+        return self.tokens(read, [[*vocabulary.encode(answer), vocabulary.eos_id] for answer in answers])
 
     def tokens(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> np.ndarray:
         """Rewards f32 [answers] of answers given as tokens, laid out as in training.
@@ -133,3 +131,52 @@ class Scorer:
 
 def _rounded(length: int) -> int:
     return -(-max(length, 1) // _ROUND) * _ROUND
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedReward:
+    """What a reward model says, as a reward of reinforcement learning and of best-of-n (see rewards.Reward).
+
+    It is computed in the process that trains, on the same devices, for all completions at once.
+
+    Attributes:
+      model: run folder of tune.reward_model.RewardModel; 'run:<stage>' inside a workflow.
+      batch_size: rows that are read at once.
+      mean, scale: a reward r becomes (r - mean) / scale.
+    """
+
+    model: str
+    batch_size: int = 8
+    mean: float = 0.0
+    scale: float = 1.0
+
+    in_process: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; it must be 1 or more.")
+        if not self.scale > 0:
+            raise ValueError(f"scale is {self.scale}; it must be above 0.")
+
+    @functools.cached_property
+    def scorer(self) -> RewardScorer:
+        """The model, loaded when it is first asked."""
+        return RewardScorer.load(self.model, batch_size=self.batch_size)
+
+    def __call__(self, record: Mapping[str, Any], completions: Sequence[str]) -> list[float]:
+        """See rewards.Reward; the record's prompt is what the completions answer."""
+        return self.score([record], [str(record["prompt"])], [completions])[0].tolist()
+
+    def score(
+        self,
+        records: Sequence[Mapping[str, Any]],
+        prompts: Sequence[str],
+        completions: Sequence[Sequence[str]],
+    ) -> np.ndarray:
+        """Rewards float64 [prompts, n] of n completions of each prompt."""
+        repeated = [prompt for prompt, texts in zip(prompts, completions, strict=True) for _ in texts]
+        found = self.scorer.texts(
+            repeated, [text for texts in completions for text in texts], special_tokens=True
+        )
+        rewards = (found.astype(np.float64) - self.mean) / self.scale
+        return rewards.reshape(len(prompts), -1)  # [prompts · n] -> [prompts, n]
