@@ -15,11 +15,15 @@ from t5style.models.config import TransformerConfig
 from t5style.models.prune import Student
 from t5style.parallel.mesh import MeshConfig
 from t5style.run_dir import RunDir, UserError
+from t5style.train.optimizer import Optimizer
 from t5style.train.pretrain import Pretrain
+from t5style.train.schedules import Schedule
 from t5style.tune import distill
 from t5style.tune.distill import Distill, DistillationLoss
 from t5style.tune.divergences import divergence, with_rest
 from t5style.tune.imitate import Imitate
+from t5style.tune.on_policy import OnPolicy
+from t5style.tune.rollouts import Sampling
 from t5style.tune.students import MakeStudent
 from t5style.tune.supervised import Finetune
 from tests.evaluate import tiny_task
@@ -216,3 +220,30 @@ def test_a_student_is_tuned_on_its_teachers_answers(family, tmp_path):
     )
     with pytest.raises(UserError, match="answers has ended within 1 tokens: raise max_new_tokens"):
         dataclasses.replace(job, max_new_tokens=1)(RunDir(tmp_path / "short").create())
+
+
+def test_a_student_is_corrected_on_its_own_answers_and_goes_on_exactly(family, tmp_path):
+    store, teacher, student = family
+    settings = tiny_task.settings(4) | {"optimizer": Optimizer(learning_rate=Schedule("constant", 1e-2))}
+    job = OnPolicy(
+        task=tiny_task.task(store),
+        mesh=ONE,
+        init_from=student,
+        teacher=teacher,
+        sampling=Sampling(max_new_tokens=8),
+        on_policy=0.75,
+        **settings | {"batch_size": 4},
+    )
+    job(RunDir(tmp_path / "whole").create())
+    for steps in (2, 4):
+        dataclasses.replace(job, steps=steps)(RunDir(tmp_path / "parts").create())
+    whole, parts = (t5style.load(tmp_path / name) for name in ("whole", "parts"))
+    jax.tree.map(np.testing.assert_array_equal, whole.params, parts.params)
+    samples = [
+        json.loads(line)
+        for line in (tmp_path / "whole" / "samples" / "latest.jsonl").read_text().splitlines()
+    ]
+    assert len(samples) == 4
+    assert all(0 < len(sample["tokens"]) <= 8 for sample in samples)
+    with pytest.raises(ValueError, match=r"hard is 0.5: the student's own answers are no data"):
+        dataclasses.replace(job, hard=0.5)
