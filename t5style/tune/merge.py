@@ -56,10 +56,8 @@ class Source:
         }
         if names <= self._arrays.names:
             return lambda name: self._arrays.read(name).astype(np.float32)
-        whole = {
-            path_name(keys): leaf
-            for keys, leaf in jax.tree_util.tree_leaves_with_path(plain(storage.load(self.path)))
-        }
+        tree = write_model.read(self.path).params
+        whole = {path_name(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}
         return lambda name: np.asarray(whole[name], np.float32)
 
     def _read_row(self, name: str) -> np.ndarray:
@@ -68,11 +66,6 @@ class Source:
             self._held = (-1, None)
             self._held = (number, convert_stream.load([self._rows[number]], self._tensor, "float32"))
         return np.asarray(functools.reduce(lambda tree, key: tree[key], name.split("/"), self._held[1]))
-
-
-def plain(stored: storage.Stored) -> Any:
-    """The parameters of a model without adapters beside them: low-rank ones are added to what they adapt."""
-    return stored.params
 
 
 @dataclasses.dataclass(frozen=True)

@@ -68,7 +68,7 @@ class MakeStudent:
 
     def __call__(self, run: RunDir) -> dict[str, Any]:
         """Writes the student; returns its parameters and the teacher's."""
-        teacher = storage.load(located(self.teacher))
+        teacher = write_model.read(located(self.teacher))
         batches = self._batches(teacher) if self.student.needs_batches else None
         config, params = prune(teacher.config, teacher.params, self.student, batches)
         lineage = {"parent": teacher.path, "made_by": "pruning", "student": dataclasses.asdict(self.student)}

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 import t5style
+from t5style.infer.model import Model
 from t5style.infer.storage import Stored
+from t5style.models.adapters import Lora
 from t5style.models.params import abstract_params
 from t5style.run_dir import RunDir, UserError
 from t5style.tune import merging, write_model
@@ -124,6 +126,25 @@ def test_ties_of_whole_models_with_dare_is_the_same_in_any_order(models, tmp_pat
     found = t5style.load(tmp_path / "alone" / "model")
     same(found.params, t5style.load(models[1]).params, atol=1e-5)
     assert found.vocabulary == tiny_task.VOCABULARY
+
+
+def test_adapters_are_merged_by_what_they_add(models, tmp_path):
+    """As they compute, with DoRA's magnitudes too."""
+    plain = t5style.load(models[0])
+    tokens = {"tokens": [[3, 5, 9]], "encoder_tokens": [[4, 8, 2, 1]]}
+    for dora in (False, True):
+        adapter, random = Lora(rank=2, alpha=3.0, dora=dora), np.random.default_rng(0)
+        own = jax.tree.map(
+            lambda leaf, random=random: leaf + random.normal(size=leaf.shape).astype(np.float32) * 0.1,
+            adapter.init(CONFIG, jax.random.key(0), plain.params),
+        )
+        whole = adapter.apply(CONFIG, plain.params, own)
+        logits = [
+            Model(CONFIG, params).logits(**tokens)
+            for params in (plain.params, whole, write_model.folded(whole))
+        ]
+        np.testing.assert_allclose(logits[1], logits[2], atol=1e-3, rtol=1e-4)
+        assert np.abs(logits[0] - logits[1]).max() > 0.1
 
 
 def test_what_cannot_be_merged_is_refused(models, tmp_path):
