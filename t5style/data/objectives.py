@@ -1,8 +1,8 @@
-"""What a model is asked to learn from tokens: span corruption, causal LM, prefix LM, supervised.
+"""What a model is asked to learn from tokens: span corruption, causal LM, prefix LM, supervised, chat, pairs.
 
 An objective turns tokens into examples: what the encoder reads (`inputs`) and what the decoder is to say
 (`targets`). `CausalLM`, `PrefixLM` and `SpanCorruption` cut the split into windows (all its documents, one
-after the other, each closed by its end-of-sequence token); `Supervised` takes a store's examples as they are.
+after the other, each closed by its end-of-sequence token); the others take a store's examples as they are.
 For a decoder-only model inputs and targets become one sequence, with loss on the targets only; there, inputs
 are not closed by an end-of-sequence token, so that a prompt goes on as text does.
 """
@@ -10,12 +10,13 @@ are not closed by an end-of-sequence token, so that a prompt goes on as text doe
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Protocol
 
 import numpy as np
 
 from t5style.data.random import RowRandom
+from t5style.run_dir import UserError
 
 ENCODER_DECODER = "encoder_decoder"
 DECODER_ONLY = "decoder_only"
@@ -254,13 +255,95 @@ class Supervised:
     on_overlong: str = "truncate"
 
     def __post_init__(self) -> None:
-        if self.on_overlong not in ("truncate", "drop", "error"):
-            raise ValueError(
-                f"on_overlong is {self.on_overlong!r}; it must be 'truncate', 'drop' or 'error'."
-            )
+        _check_overlong(self.on_overlong)
 
 
-Objective = SpanCorruption | CausalLM | PrefixLM | Supervised
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """Whole conversations, of which some tokens are learnt, for a decoder-only model.
+
+    The tokens are what the model reads, with whatever it begins its texts with: the first is read only.
+
+    Attributes:
+      tokens: feature of the conversations.
+      mask: feature of the same lengths, 1 for tokens that are learnt and 0 for others.
+      on_overlong: "truncate" keeps a conversation's beginning (one of which nothing learnt is left is
+        dropped), "drop" leaves it out, "error" refuses it.
+    """
+
+    tokens: str = "tokens"
+    mask: str = "mask"
+    on_overlong: str = "truncate"
+
+    def __post_init__(self) -> None:
+        _check_overlong(self.on_overlong)
+
+
+@dataclasses.dataclass(frozen=True)
+class Preferences:
+    """Prompts with a better and a worse answer, which stand in a row each: arrays `[pairs, 2, length]`, index
+    0 the chosen answer and 1 the rejected one. Loss weights are on the answers; nothing is packed.
+
+    For a decoder-only model prompt and answer share a row, whose first token is read only.
+
+    Attributes:
+      prompt, chosen, rejected: features.
+      on_overlong: "truncate" cuts answers at their end (they keep at least half of a decoder-only row) and
+        the prompt, of a decoder-only model at its beginning, the same for both answers; "drop"; "error".
+    """
+
+    prompt: str = "prompt"
+    chosen: str = "chosen"
+    rejected: str = "rejected"
+    on_overlong: str = "truncate"
+
+    def __post_init__(self) -> None:
+        _check_overlong(self.on_overlong)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unpaired:
+    """Prompts with one answer, desirable or not: arrays `[rows, 2, length]`, index 0 the example and 1 its
+    prompt with the answer of another example, by which KTO estimates a divergence (Ethayarajh et al. 2024,
+    section 4.1). Batches also have `desirable` int32 `[rows]`.
+
+    Attributes:
+      prompt, completion: features.
+      desirable: feature of one token, 1 or 0.
+      on_overlong: as of Preferences.
+    """
+
+    prompt: str = "prompt"
+    completion: str = "completion"
+    desirable: str = "desirable"
+    on_overlong: str = "truncate"
+
+    def __post_init__(self) -> None:
+        _check_overlong(self.on_overlong)
+
+
+Objective = SpanCorruption | CausalLM | PrefixLM | Supervised | Chat | Preferences | Unpaired
+
+
+def objective_for(features: Sequence[str], place: str) -> Objective:
+    """What is asked of a store's examples, which its features say; place: where it lies, for the error.
+
+    Raises:
+      UserError: no objective of examples has these features.
+    """
+    for objective in (Supervised(), Chat(), Preferences(), Unpaired()):
+        names = [value for name, value in vars(objective).items() if name != "on_overlong"]
+        if set(features) == set(names):
+            return objective
+    raise UserError(
+        f"the token store {place} has the features {', '.join(features)}, which no objective of examples "
+        "reads: give a task that says what is to be learnt."
+    )
+
+
+def _check_overlong(value: str) -> None:
+    if value not in ("truncate", "drop", "error"):
+        raise ValueError(f"on_overlong is {value!r}; it must be 'truncate', 'drop' or 'error'.")
 
 
 def spans_helper(inputs_length: int, noise_density: float, mean_noise_span_length: float) -> tuple[int, int]:

@@ -25,7 +25,8 @@ from grain.experimental import index_shuffle
 
 from t5style import run_dir
 from t5style.corpus.vocabulary import Vocabulary
-from t5style.data.objectives import DECODER_ONLY, ENCODER_DECODER, Examples, spread
+from t5style.data.objectives import DECODER_ONLY, ENCODER_DECODER, Examples, Preferences, Unpaired, spread
+from t5style.data.pair_rows import WIDTH, PairRows
 from t5style.data.random import seed_of
 from t5style.data.rows import TaskRows
 from t5style.data.task import Mixture, Task
@@ -101,8 +102,14 @@ class BatchSource:
                     f"{ours}; tokenize "
                     "both with one vocabulary."
                 )
+        kinds = {type(task.objective) if _compares(task) else None for task in self.tasks}
+        if len(kinds) > 1:
+            raise ValueError(
+                "A mixture of tasks that compare answers and of others has no batches: their arrays differ. "
+                "Learn them one after the other."
+            )
         self._rows = [
-            TaskRows(
+            (PairRows if _compares(task) else TaskRows)(
                 task,
                 stores[task.store],
                 split,
@@ -193,6 +200,8 @@ class BatchSource:
           `decoder_target_tokens`, `decoder_loss_weights`, `decoder_segment_ids`, `decoder_positions`, and
           for an encoder-decoder `encoder_input_tokens`, `encoder_segment_ids`, `encoder_positions`. Segment
           ids are 0 for padding and count a row's examples from 1; positions restart with each segment.
+          Of answers to compare (objectives.Preferences, Unpaired) [batch_size / num_shards, 2, length] of
+          each, `example` int32 [batch_size / num_shards], and of Unpaired `desirable`, likewise.
         """
         share = self._share(shard, num_shards)
         if n < 0:
@@ -259,12 +268,23 @@ class BatchSource:
     def _content(self, places: list[tuple[int, int]], num_rows: int, finite: bool) -> Batch:
         tasks = np.array([task for task, _ in places], np.int64)
         rows = np.array([row for _, row in places], np.int64)
-        batch = empty_batch(num_rows, self.lengths)
+        width = WIDTH if _compares(self.tasks[0]) else 1
+        batch = empty_batch(num_rows * width, self.lengths)
+        also: Batch = {}
         for task in np.unique(tasks):
             where = np.flatnonzero(tasks == task)
+            lines = (where[:, None] * width + np.arange(width)).reshape(-1)  # [rows, width] -> flat
             for examples, owner in self._rows[task].read(rows[where], finite):
-                lay_out(batch, examples, where[owner], self.vocabulary.bos_id)
-        return batch
+                lay_out(batch, examples, lines[owner], self.vocabulary.bos_id)
+            for name, values in self._rows[task].also(rows[where]).items():
+                also.setdefault(name, np.zeros(num_rows, values.dtype))[where] = values
+        if width > 1:  # [rows · 2, length] -> [rows, 2, length]
+            batch = {name: array.reshape(num_rows, width, -1) for name, array in batch.items()}
+        return batch | also
+
+
+def _compares(task: Task) -> bool:
+    return isinstance(task.objective, Preferences | Unpaired)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,6 +316,13 @@ def empty_batch(rows: int, lengths: Mapping[str, int]) -> Batch:
         extra = ["target_tokens", "loss_weights"] if side == "decoder" else []
         batch |= {f"{side}_{name}": np.zeros((rows, length), np.int32) for name in [*names, *extra]}
     return batch
+
+
+def flat(batch: Mapping[str, np.ndarray]) -> Batch:
+    """The arrays of tokens as rows, int32 [rows, length]: of answers to compare [pairs, 2, length] one behind
+    the other; other arrays are left out.
+    """
+    return {name: values.reshape(-1, values.shape[-1]) for name, values in batch.items() if values.ndim > 1}
 
 
 def lay_out(batch: Batch, examples: Examples, rows: np.ndarray, bos_id: int) -> None:

@@ -13,7 +13,7 @@ from etils import epath
 from t5style import console
 from t5style.corpus.vocabulary import Vocabulary
 from t5style.data.objectives import ENCODER_DECODER
-from t5style.data.pipeline import BatchSource
+from t5style.data.pipeline import BatchSource, flat
 from t5style.data.task import Mixture, Task
 from t5style.run_dir import RunDir, UserError, atomic_write
 
@@ -32,6 +32,8 @@ class Segment:
       targets: what the decoder was to say; parts without loss stand between ⟦ and ⟧.
       input_tokens, target_tokens: how many.
       learned_tokens: target tokens with loss.
+      answer: which of two answers to compare this is, 'chosen' or 'rejected' (of unpaired ones 'desirable' or
+        'undesirable', and 'other', the answer of another example); '' for all else.
     """
 
     row: int
@@ -41,6 +43,7 @@ class Segment:
     input_tokens: int
     target_tokens: int
     learned_tokens: int
+    answer: str = ""
 
 
 def describe(
@@ -49,12 +52,16 @@ def describe(
     """Decodes a batch.
 
     Args:
-      batch: int32 [rows, length] by T5X feature names, as a `BatchSource` makes it.
+      batch: int32 [rows, length] by T5X feature names, as a `BatchSource` makes it; of answers to compare
+        [pairs, 2, length], two rows to a pair.
       vocabulary: the one that made the tokens.
       rows: which rows; None for all.
 
     Raises: ValueError for a row that the batch does not have.
     """
+    batch = flat(batch)
+    if batch["decoder_target_tokens"].ndim == 3:
+        return _describe_answers(batch, vocabulary, rows)
     segments = []
     count = len(batch["decoder_target_tokens"])
     for row in range(count) if rows is None else rows:
@@ -80,6 +87,23 @@ def describe(
                 )
             )
     return segments
+
+
+def _describe_answers(
+    batch: Mapping[str, np.ndarray], vocabulary: Vocabulary, rows: Sequence[int] | None
+) -> list[Segment]:
+    """Of a batch of two answers to a row."""
+    found = []
+    for side in range(2):
+        one = {name: array[:, side] for name, array in batch.items() if array.ndim == 3}
+        for segment in describe(one, vocabulary, rows):
+            answer = ("chosen", "rejected")[side]
+            if "desirable" in batch:
+                answer = (
+                    "other" if side else "desirable" if batch["desirable"][segment.row] else "undesirable"
+                )
+            found.append(dataclasses.replace(segment, answer=answer))
+    return sorted(found, key=lambda segment: segment.row)  # a stable order: chosen, rejected
 
 
 def _text(ids: np.ndarray, vocabulary: Vocabulary) -> str:
@@ -108,7 +132,7 @@ def as_text(segments: Sequence[Segment]) -> str:
         sizes = f"{s.target_tokens} target tokens, {s.learned_tokens} with loss"
         if s.inputs is not None:
             sizes = f"{s.input_tokens} input tokens, {sizes}"
-        lines.append(f"row {s.row}, example {s.segment}: {sizes}")
+        lines.append(f"row {s.row}, example {s.segment}{f', {s.answer}' if s.answer else ''}: {sizes}")
         if s.inputs is not None:
             lines.append(f"  inputs:  {s.inputs}")
         lines += [f"  targets: {s.targets}", ""]

@@ -6,12 +6,13 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
 from t5style.data import packing
 from t5style.data.curriculum import read_order
-from t5style.data.objectives import DECODER_ONLY, CausalLM, Examples, Supervised, Windowed, spread
+from t5style.data.objectives import DECODER_ONLY, CausalLM, Chat, Examples, Supervised, Windowed, spread
 from t5style.data.random import RowRandom, seed_of
 from t5style.data.task import Task
 from t5style.data.token_store import TokenStore
@@ -76,6 +77,9 @@ class TaskRows:
         """
         if order in ("", "stored"):
             return None
+        if order == "length":
+            sizes = [self.store.lengths(self.split, feature) for feature in self.store.features]
+            return np.argsort(np.sum(sizes, axis=0), kind="stable")
         if order != "curriculum":
             return read_order(order, self.num_examples)
         found = self.store.curriculum(self.split)
@@ -174,24 +178,46 @@ class TaskRows:
 
     # ------------------------------------------------------------------------------------------- supervised
 
-    def _prepare_examples(self, objective: Supervised, lengths: Mapping[str, int], pack: bool) -> None:
-        source = np.stack(
-            [self.store.lengths(self.split, feature) for feature in (objective.inputs, objective.targets)],
-            axis=1,
-        )
+    def _prepare_examples(self, objective: Any, lengths: Mapping[str, int], pack: bool) -> None:
         limits = (lengths.get("encoder", 0), lengths["decoder"])
-        fitted = self._fit(source, limits)
-        cut = (fitted < source).any(axis=1)
-        if cut.any() and objective.on_overlong == "error":
+        if isinstance(objective, Chat):
+            source, fitted, lost = self._conversations(objective, limits)
+        else:
+            source = self._sizes(objective.inputs, objective.targets)
+            fitted = self._fit(source, limits)
+            lost = np.zeros(len(source), bool)
+        cut = np.asarray((fitted < source).any(axis=1))
+        dropped = self._left_out(objective.on_overlong, source, cut, lengths) | lost
+        self._plan_rows(source, fitted, cut, dropped, lengths, limits, pack)
+
+    def _sizes(self, *features: str) -> np.ndarray:
+        """Tokens of each example: int64 [examples, features]."""
+        return np.stack([self.store.lengths(self.split, feature) for feature in features], axis=1)
+
+    def _left_out(
+        self, on_overlong: str, source: np.ndarray, cut: np.ndarray, lengths: Mapping[str, int]
+    ) -> np.ndarray:
+        """Which examples are left out for their length: bool [examples]."""
+        if cut.any() and on_overlong == "error":
             example = int(np.flatnonzero(cut)[0])
             raise UserError(
                 f"Task {self.task.name!r}: example {example} of split {self.split!r} has "
-                f"{source[example, 0]} input "
-                f"and {source[example, 1]} target tokens, more than the lengths {dict(lengths)} take; "
-                f"raise the "
-                "lengths, or set on_overlong to 'truncate' or 'drop'."
+                f"{' and '.join(map(str, source[example]))} tokens, more than the lengths {dict(lengths)} "
+                "take; raise the lengths, or set on_overlong to 'truncate' or 'drop'."
             )
-        dropped = np.asarray(cut & (objective.on_overlong == "drop"))
+        return np.asarray(cut & (on_overlong == "drop"))
+
+    def _plan_rows(
+        self,
+        source: np.ndarray,
+        fitted: np.ndarray,
+        cut: np.ndarray,
+        dropped: np.ndarray,
+        lengths: Mapping[str, int],
+        limits: tuple[int, int],
+        pack: bool,
+    ) -> None:
+        """Which examples share a row, and what is told of it."""
         members = np.arange(len(source)) if self.order is None else self.order
         members = members[np.flatnonzero(~dropped[members])]
         if not len(members):
@@ -238,13 +264,21 @@ class TaskRows:
         targets = np.minimum(targets, np.maximum(limit - inputs, limit - limit // 2))
         return np.stack([np.minimum(inputs, limit - targets), targets], axis=1)
 
-    def _read_examples(self, rows: np.ndarray) -> Iterator[tuple[Examples, np.ndarray]]:
-        objective = self.objective
-        assert isinstance(objective, Supervised)
+    def _members(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The examples in rows of the plan, and for each its row's place in `rows`."""
         rows = rows % self.train_rows
         counts = self._plan.offsets[rows + 1] - self._plan.offsets[rows]
-        members = self._plan.members[spread(self._plan.offsets[rows], counts)]
-        owner = np.repeat(np.arange(len(rows)), counts)
+        return self._plan.members[spread(self._plan.offsets[rows], counts)], np.repeat(
+            np.arange(len(rows)), counts
+        )
+
+    def _read_examples(self, rows: np.ndarray) -> Iterator[tuple[Examples, np.ndarray]]:
+        objective = self.objective
+        members, owner = self._members(rows)
+        if isinstance(objective, Chat):
+            yield self._read_conversations(objective, members), owner
+            return
+        assert isinstance(objective, Supervised)
         decoder_only = self.architecture == DECODER_ONLY
         inputs, input_lengths = self._feature(objective.inputs, 0, members, keep_eos=not decoder_only)
         targets, target_lengths = self._feature(objective.targets, 1, members, keep_eos=True)
@@ -276,7 +310,53 @@ class TaskRows:
         keep[last[ends]] = False
         return flat[keep], lengths - ends
 
+    # ------------------------------------------------------------------------------------------------- chats
+
+    def _conversations(
+        self, objective: Chat, limits: tuple[int, int]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Sizes int64 [examples, 2] (nothing for the encoder; the first token, which is read only, not
+        counted) before and after cutting, and which have no learnt token left.
+        """
+        if self.architecture != DECODER_ONLY:
+            raise UserError(
+                f"Task {self.task.name!r} has the objective Chat, whose conversations are one sequence, "
+                "for a decoder-only model; of an encoder-decoder the store needs the features inputs and "
+                "targets."
+            )
+        tokens, masks = self._sizes(objective.tokens, objective.mask).T
+        if (tokens != masks).any() or (tokens < 2).any():
+            example = int(np.flatnonzero((tokens != masks) | (tokens < 2))[0])
+            raise UserError(
+                f"Task {self.task.name!r}: example {example} of split {self.split!r} has {tokens[example]} "
+                f"tokens and a mask of {masks[example]}; both must be as long, and 2 or more."
+            )
+        source = np.stack([np.zeros_like(tokens), tokens - 1], axis=1)
+        fitted = np.minimum(source, np.array([0, limits[1]]))
+        lost = np.zeros(len(source), bool)
+        starts = self.store.offsets(self.split, objective.mask)
+        for members in np.array_split(np.arange(len(source)), len(source) // 4096 + 1):
+            lengths = fitted[members, 1]
+            mask = self.store.read(self.split, objective.mask, starts[members] + 1, lengths)
+            lost[members] = np.add.reduceat(mask, np.cumsum(lengths) - lengths) == 0
+        return source, fitted, lost
+
+    def _read_conversations(self, objective: Chat, members: np.ndarray) -> Examples:
+        lengths = self._fitted[members, 1]
+        starts = self.store.offsets(self.split, objective.tokens)[members]
+        tokens = self.store.read(self.split, objective.tokens, starts, lengths + 1)
+        starts = self.store.offsets(self.split, objective.mask)[members]
+        weights = self.store.read(self.split, objective.mask, starts + 1, lengths)
+        first = np.cumsum(lengths + 1) - (lengths + 1)
+        nothing = np.zeros(0, np.int32)
+        targets = np.delete(tokens, first)
+        return Examples(nothing, np.zeros_like(lengths), targets, lengths, weights, tokens[first])
+
     # ------------------------------------------------------------------------------------------------- both
+
+    def also(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Further arrays of a batch, [rows, ...], for rows int64 [rows]; of rows of tokens none."""
+        return {}
 
     def read(self, rows: np.ndarray, finite: bool) -> Iterator[tuple[Examples, np.ndarray]]:
         """The examples of rows int64 [n], in groups: examples, and for each its row's place in `rows`."""

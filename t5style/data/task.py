@@ -29,6 +29,7 @@ class Task:
         "curriculum": from easy to hard in the first epoch, as the corpus ordered its documents
         (`order.npy`), afterwards shuffled: the first pass over the data is the curriculum, what follows
         learns from all of it (Bengio et al., "Curriculum learning", 2009, §2).
+        "length": the same, from short examples to long ones.
         A path of a .npy file: the same, by the examples' indices in that file, int64 [examples].
         Order is exact: windows are cut from the examples in that order, and rows of packed examples are
         filled in that order, which takes about a third more rows. In a mixture it holds for each task by
@@ -47,10 +48,10 @@ class Task:
         if not self.name:
             raise ValueError("A task needs a name that is not empty.")
         for order in [self.order] if isinstance(self.order, str) else self.order.values():
-            if order not in ("", "stored", "curriculum") and not order.endswith(".npy"):
+            if order not in ("", "stored", "curriculum", "length") and not order.endswith(".npy"):
                 raise ValueError(
-                    f"Task {self.name!r} has order {order!r}; it must be '', 'stored', 'curriculum', or the "
-                    "path of a .npy file."
+                    f"Task {self.name!r} has order {order!r}; it must be '', 'stored', 'curriculum', "
+                    "'length', or the path of a .npy file."
                 )
 
     def split_order(self, split: str) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from t5style import console, run_dir
 from t5style.corpus.vocabulary import Vocabulary
 from t5style.data.objectives import DECODER_ONLY, CausalLM
-from t5style.data.pipeline import BatchSource
+from t5style.data.pipeline import BatchSource, flat
 from t5style.data.replay import UNLEARNED, Segment, describe
 from t5style.data.task import Task
 from t5style.data.token_store import TokenStore
@@ -89,7 +89,7 @@ def probe(
         should not be.
     """
     source = BatchSource(task, split, PROBED_ROWS, lengths, config.architecture, seed, pack)
-    batch = source.batch_at(0)
+    batch = flat(source.batch_at(0))
     for name, values in batch.items():
         if name.endswith("_tokens") and (int(values.max()) >= config.vocab_size or int(values.min()) < 0):
             bad = int(values.max()) if int(values.max()) >= config.vocab_size else int(values.min())
@@ -242,8 +242,9 @@ def _shown(segment: Segment) -> list[str]:
     lines = []
     if segment.inputs is not None:
         lines.append(f"reads {segment.input_tokens} tokens: {_cut(segment.inputs)!r}")
+    name = f"{segment.answer}: " if segment.answer else ""
     lines.append(
-        f"says {segment.target_tokens} tokens, {segment.learned_tokens} of them learned: "
+        f"{name}says {segment.target_tokens} tokens, {segment.learned_tokens} of them learned: "
         f"{_cut(segment.targets)!r}"
     )
     return lines

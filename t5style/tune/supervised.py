@@ -10,7 +10,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from t5style import run_dir
-from t5style.data.objectives import Objective, Supervised
+from t5style.data.objectives import Objective, objective_for
 from t5style.data.pipeline import BatchSource
 from t5style.data.task import Mixture, Task
 from t5style.data.token_store import TokenStore
@@ -138,10 +138,4 @@ class Finetune(Pretrain):
 
 def objective_of(store: TokenStore) -> Objective:
     """What is asked of a store's tokens: its features say it."""
-    for objective in (Supervised(),):
-        if set(store.features) == {objective.inputs, objective.targets}:
-            return objective
-    raise run_dir.UserError(
-        f"the token store {store.folder} has the features {', '.join(store.features)}, which no objective of "
-        "examples reads: give a task that says what is to be learnt."
-    )
+    return objective_for(store.features, str(store.folder))
