@@ -16,7 +16,7 @@ from t5style import run_dir
 from t5style.corpus.vocabulary import Vocabulary
 from t5style.data.random import seed_of
 from t5style.data.task import Task
-from t5style.data.token_store import TokenStore
+from t5style.data.token_store import TokenStore, TokenStoreWriter
 from t5style.run_dir import UserError
 
 FEATURE = "prompt"
@@ -134,3 +134,33 @@ class PromptSource:
     def first(self, count: int | None = None) -> list[Prompt]:
         """The first prompts of the split in its own order; None: all."""
         return [self.prompt(int(example)) for example in self.members[:count]]
+
+
+def write_lines(file: epath.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes JSON lines."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    run_dir.atomic_write(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_prompts(
+    folder: epath.Path,
+    rows: Mapping[str, Sequence[Mapping[str, Any]]],
+    vocabulary: Vocabulary,
+    closed: bool = False,
+) -> str:
+    """Writes a token store of prompts with their records; returns its fingerprint.
+
+    Args:
+      folder: where there is no store yet.
+      rows: by split; a text "prompt" each, and whatever rewards look at.
+      vocabulary: the model's.
+      closed: prompts end with the end of sequence, as an encoder's do.
+    """
+    end = [vocabulary.eos_id] if closed else []
+    with TokenStoreWriter(folder, (FEATURE,), vocabulary) as writer:
+        for split, records in rows.items():
+            for row in records:
+                writer.add(split, {FEATURE: [*vocabulary.encode(row["prompt"]), *end]})
+            rest = [{name: value for name, value in row.items() if name != "prompt"} for row in records]
+            write_lines(epath.Path(folder) / split / RECORDS, rest)
+    return str(writer.manifest["fingerprint"])

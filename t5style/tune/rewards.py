@@ -174,6 +174,24 @@ class NumericAnswer:
 
 
 @dataclasses.dataclass(frozen=True)
+class PlacesRight:
+    """The share of places at which completion and answer have the same character: credit for a part.
+
+    Attributes:
+      answer: the record's field.
+    """
+
+    answer: str = "answer"
+
+    def __call__(self, record: Record, completions: Sequence[str]) -> list[float]:
+        """See Reward."""
+        right = str(field(record, self.answer))
+        same = [sum(a == b for a, b in zip(right, text, strict=False)) for text in completions]
+        sizes = [max(len(right), len(text), 1) for text in completions]
+        return [count / size for count, size in zip(same, sizes, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
 class Matches:
     """1 where the whole completion matches a regular expression ('.' also for a new line); else 0.
 

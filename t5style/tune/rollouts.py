@@ -206,7 +206,7 @@ def file_of(run: epath.Path, batch: int) -> epath.Path:
 def write(file: epath.Path, samples: Sequence[Sample]) -> None:
     """Writes a rollout, at once; float32 numbers come back as they were."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(dataclasses.asdict(sample), ensure_ascii=False) for sample in samples]
+    lines = [json.dumps(vars(sample), ensure_ascii=False) for sample in samples]
     atomic_write(file, "\n".join(lines) + "\n")
 
 

@@ -130,6 +130,7 @@ class Sampler:
                 seed_of(job.seed, "answers", batch, attempt),
             )
             self._judge(prompts, drawn)
+            self._shape(drawn)
             uneven = [group for group in drawn if _spread(group) > 0]
             if attempt < tries and len(uneven) < missing:
                 groups += uneven
@@ -140,13 +141,16 @@ class Sampler:
         del engine
         return self._compared(groups, params, self._coefficient(batch), resampled)
 
-    def _judge(self, prompts: Sequence[Prompt], groups: Sequence[list[Sample]]) -> Scores:
+    def _judge(
+        self, prompts: Sequence[Prompt], groups: Sequence[list[Sample]], may_fail: bool = False
+    ) -> Scores:
         """Puts rewards into the samples."""
-        job, limit = self.job, self.job.sampling.max_new_tokens
+        job = self.job
         scores = self.scorer.score(
             [prompt.record for prompt in prompts],
             [prompt.text for prompt in prompts],
             [[sample.completion for sample in group] for group in groups],
+            may_fail=may_fail,
         )
         scoring.tell(scores)
         happened = {(i, j): f"{name}: {what}" for i, j, name, what in scores.failures}
@@ -156,11 +160,17 @@ class Sampler:
                 sample.rewards = {name: x if math.isfinite(x) else None for name, x in parts.items()}
                 sample.reward = float(scores.total[i, j])
                 sample.failed = happened.get((i, j))
-                if job.overlong == "soft":
-                    sample.reward += rollouts.soft_overlong(len(sample.tokens), limit, job.overlong_buffer)
                 is_masked = job.overlong == "mask" and sample.finish == "length"
                 sample.learned = not is_masked and not self._is_dropped(sample)
         return scores
+
+    def _shape(self, groups: Sequence[list[Sample]]) -> None:
+        """What the answers' lengths cost, in training only."""
+        limit, buffer = self.job.sampling.max_new_tokens, self.job.overlong_buffer
+        if self.job.overlong == "soft":
+            for group in groups:
+                for sample in group:
+                    sample.reward += rollouts.soft_overlong(len(sample.tokens), limit, buffer)
 
     def _is_dropped(self, sample: Sample) -> bool:
         return sample.failed is not None and self.job.reward_failure is None
@@ -275,7 +285,7 @@ class Sampler:
                 return None
             part = prompts[start : start + size]
             groups = rollouts.greedy(engine, part, self.source.vocabulary, self.job.sampling)
-            self._judge(part, groups)
+            self._judge(part, groups, may_fail=True)
             samples += [group[0] for group in groups]
         totals = np.array([sample.reward for sample in samples])
         figures = {
@@ -299,7 +309,7 @@ def _spread(group: Sequence[Sample]) -> float:
 
 def _floats(values: np.ndarray) -> list[float]:
     """Float32 numbers as JSON keeps them exactly."""
-    return [float(value) for value in np.asarray(values, np.float32)]
+    return np.asarray(values, np.float32).tolist()
 
 
 @functools.lru_cache(maxsize=8)

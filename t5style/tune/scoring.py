@@ -147,12 +147,17 @@ class Scorer:
     # --- scores ---
 
     def score(
-        self, records: Sequence[Record], prompts: Sequence[str], completions: Sequence[Sequence[str]]
+        self,
+        records: Sequence[Record],
+        prompts: Sequence[str],
+        completions: Sequence[Sequence[str]],
+        *,
+        may_fail: bool = False,
     ) -> Scores:
         """The rewards of the completions of each prompt.
 
         Raises:
-          UserError: no completion could be scored; names the first failure.
+          UserError: no completion could be scored, and they may not all fail; names the first failure.
         """
         shape = (len(records), len(completions[0]) if completions else 0)
         failures: list[tuple[int, int, str, str]] = []
@@ -172,7 +177,7 @@ class Scorer:
         failed = np.zeros(shape, bool)
         for i, j, _, _ in failures:
             failed[i, j] = True
-        if failed.size and failed.all():
+        if failed.size and failed.all() and not may_fail:
             _, _, name, happened = failures[0]
             raise UserError(
                 f"the reward {name!r} failed for all {failed.size} completions of a step, so that there is "

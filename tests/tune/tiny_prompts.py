@@ -1,24 +1,24 @@
-"""A task of rewards that a tiny model learns in seconds: say a letter twice, or anything with an 'a' in it."""
+"""A task of rewards that a tiny model learns in seconds: say the prompt's first letter three times."""
 
 from __future__ import annotations
 
-import json
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from t5style.corpus.vocabulary import CharacterVocabulary
-from t5style.data.token_store import TokenStoreWriter
+from t5style.infer.model import Model
 from t5style.models import params
 from t5style.models.config import TransformerConfig
 from t5style.parallel.mesh import MeshConfig
 from t5style.run_dir import RunDir
 from t5style.train.optimizer import Optimizer
 from t5style.train.schedules import Schedule
+from t5style.tune import prompts
 from t5style.tune.policy import Method
 from t5style.tune.reinforce import Reinforce
 from t5style.tune.rollouts import Sampling
@@ -42,16 +42,12 @@ def doubtful(record: Mapping[str, Any], completions: Sequence[str]) -> list[floa
 def make_store(folder: str, decoder_only: bool = True) -> str:
     """Prompts of one to three letters, splits train and validation."""
     random = np.random.default_rng(3)
-    records: dict[str, list[dict[str, Any]]] = {"train": [], "validation": []}
-    with TokenStoreWriter(folder, ("prompt",), VOCABULARY) as writer:
-        for split, count in (("train", 20), ("validation", 6)):
-            for _ in range(count):
-                text = "".join(random.choice(list("abc"), 1 + random.integers(3)))
-                ids = VOCABULARY.encode(text + "=")
-                writer.add(split, {"prompt": ids if decoder_only else [*ids, 1]})
-                records[split].append({"answer": text[0]})
-    for split, rows in records.items():
-        pathlib.Path(folder, split, "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows: dict[str, list[dict[str, Any]]] = {"train": [], "validation": []}
+    for split, count in (("train", 20), ("validation", 6)):
+        for _ in range(count):
+            text = "".join(random.choice(list("abc"), 1 + random.integers(3)))
+            rows[split].append({"prompt": text + "=", "answer": text[0]})
+    prompts.write_prompts(epath.Path(folder), rows, VOCABULARY, closed=not decoder_only)
     return folder
 
 
@@ -74,10 +70,6 @@ def model(decoder_only: bool = True) -> TransformerConfig:
 
 def make_parent(folder: str, decoder_only: bool = True) -> str:
     """A run folder with random parameters."""
-    import t5style
-    from t5style.infer.model import Model
-
-    del t5style
     config = model(decoder_only)
     made = Model(config, params.init_params(config, jax.random.key(1)), VOCABULARY)
     os.makedirs(folder, exist_ok=True)
