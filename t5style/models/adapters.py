@@ -271,4 +271,7 @@ KINDS = {
     "Lora": __name__,
     "Ia3": "t5style.models.adapters_vectors",
     "BitFit": "t5style.models.adapters_vectors",
+    "Bottleneck": "t5style.models.adapters_bottleneck",
+    "PromptTuning": "t5style.models.adapters_virtual",
+    "PrefixTuning": "t5style.models.adapters_virtual",
 }

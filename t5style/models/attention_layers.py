@@ -126,16 +126,29 @@ class Attention(nn.Module):
             query = (query.astype(jnp.float32) * scale).astype(query.dtype)
         return checkpoint_name(constrain(query, ("batch", "length", "heads", "head_dim")), "query")
 
-    def keys_values(self, source: jax.Array, angles: Angles | None) -> tuple[jax.Array, jax.Array]:
-        """`[batch, keys, embed] ->` two of `[batch, keys, kv_heads, head_dim]`."""
+    def keys_values(
+        self, source: jax.Array, angles: Angles | None, virtual: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """`[batch, keys, embed] ->` two of `[batch, keys, kv_heads, head_dim]`.
+
+        Prefix tuning has put prefix_key and prefix_value `[n, kv_heads, head_dim]` beside the projections:
+        where virtual, int32 `[batch, keys]`, is from 0, it says which of them stands there.
+        """
         key, value = self.key(source), self.value(source)
         if self.config.query_key_norm is not None:
             key = self._normalised(key, self.key_norm)
         key = rotate(key, angles) if angles is not None else key
+        if virtual is not None and self.has_variable("params", "prefix_key"):
+            key, value = self._prefixed(key, "key", virtual), self._prefixed(value, "value", virtual)
         names = ("batch", "length", "kv_heads", "head_dim")
         return checkpoint_name(constrain(key, names), "key"), checkpoint_name(
             constrain(value, names), "value"
         )
+
+    def _prefixed(self, x: jax.Array, name: str, virtual: jax.Array) -> jax.Array:
+        learned = self.get_variable("params", f"prefix_{name}").astype(x.dtype)
+        learned = jnp.take(learned, virtual, axis=0, mode="clip")  # [batch, keys, kv_heads, head_dim]
+        return jnp.where((virtual >= 0)[:, :, None, None], learned, x)
 
     def __call__(
         self,
@@ -148,11 +161,12 @@ class Attention(nn.Module):
         source_segments: jax.Array | None,
         causal: bool,
         deterministic: bool,
+        virtual: jax.Array | None = None,
     ) -> jax.Array:
         """x `[batch, queries, embed]` attends to source `[batch, keys, embed]`; `[batch, queries, embed]`."""
         c = self.config
         query = self.queries(x, angles)
-        key, value = self.keys_values(source, angles)
+        key, value = self.keys_values(source, angles, virtual)
         dropout = None if deterministic or not c.dropout else Dropout(c.dropout, self.make_rng("dropout"))
         context = attention(
             query,
@@ -179,10 +193,16 @@ class Attention(nn.Module):
         return cache_lib.new_entry("key", *sizes) | cache_lib.new_entry("value", *sizes)
 
     def remember(
-        self, cache: LayerCache, x: jax.Array, angles: Angles | None, slot: jax.Array, ring: bool
+        self,
+        cache: LayerCache,
+        x: jax.Array,
+        angles: Angles | None,
+        slot: jax.Array,
+        ring: bool,
+        virtual: jax.Array | None = None,
     ) -> LayerCache:
         """The cache with the keys and values of x `[batch, tokens, embed]` from `slot` on."""
-        key, value = self.keys_values(x, angles)
+        key, value = self.keys_values(x, angles, virtual)
         cache = cache_lib.write(cache, "key", key, slot, ring=ring)
         return cache_lib.write(cache, "value", value, slot, ring=ring)
 
@@ -263,8 +283,9 @@ class LatentAttentionLayer(nn.Module):
         source_segments: jax.Array | None,
         causal: bool,
         deterministic: bool,
+        virtual: jax.Array | None = None,
     ) -> jax.Array:
-        """As Attention's."""
+        """As Attention's; there is no prefix tuning of it."""
         c = self.config
         plain, turned = self.queries(x, angles)
         vector, shared = self.latents(source, angles)
@@ -303,7 +324,13 @@ class LatentAttentionLayer(nn.Module):
         ) | cache_lib.new_entry("rope_key", batch, 1, slots, latent.rope_dim, dtype)
 
     def remember(
-        self, cache: LayerCache, x: jax.Array, angles: Angles | None, slot: jax.Array, ring: bool
+        self,
+        cache: LayerCache,
+        x: jax.Array,
+        angles: Angles | None,
+        slot: jax.Array,
+        ring: bool,
+        virtual: jax.Array | None = None,
     ) -> LayerCache:
         """As Attention's."""
         vector, key = self.latents(x, angles)

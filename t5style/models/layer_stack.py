@@ -96,10 +96,13 @@ class Stack(nn.Module):
         segments: jax.Array | None,
         encoded: jax.Array | None = None,
         encoded_segments: jax.Array | None = None,
+        virtual: jax.Array | None = None,
         deterministic: bool = True,
         stats: bool = False,
     ) -> tuple[jax.Array, RouterStats | None]:
         """`[batch, length, embed] -> [batch, length, embed]`, normalised.
+
+        virtual: int32 `[batch, length]`, the numbers of virtual tokens, negative where there are none.
 
         Also the routers' statistics `[layers with experts, ...]`, if stats asks for them and there are any.
         """
@@ -123,6 +126,7 @@ class Stack(nn.Module):
             "chunks": None,
             "encoded": encoded,
             "encoded_segments": encoded_segments,
+            "virtual": virtual if self._holds("prefix_key") else None,
         }
         if c.window is not None and "chunk" in {kind.attention for _, kind in self.order}:
             chunks = chunk_segments(segments, positions, c.window)
@@ -139,7 +143,7 @@ class Stack(nn.Module):
         keys = None
         if c.dropout and not deterministic:
             x = self.dropout(x, deterministic=False)
-        if (c.dropout and not deterministic) or (self.has_rng("dropout") and self._drops_in_adapters()):
+        if (c.dropout and not deterministic) or (self.has_rng("dropout") and self._holds("lora_dropout")):
             keys = jax.random.split(self.make_rng("dropout"), len(self.order))
         x, routers = run_stack(
             layer,
@@ -156,9 +160,10 @@ class Stack(nn.Module):
         router = routers.get("moe_layers")  # sums by row: [layers, batch, ...]
         return x, jax.tree.map(lambda leaf: leaf.sum(axis=1), router)
 
-    def _drops_in_adapters(self) -> bool:
+    def _holds(self, name: str) -> bool:
+        """Whether an adapter has put parameters of this name into a layer."""
         paths = jax.tree_util.tree_leaves_with_path(self.groups)
-        return any(path_name(path).endswith("/lora_dropout") for path, _ in paths)
+        return any(path_name(path).endswith(f"/{name}") for path, _ in paths)
 
     def _normalised(self, x: jax.Array) -> jax.Array:
         return self.final_norm(x) if self.config.final_norm else x
@@ -190,6 +195,7 @@ class Stack(nn.Module):
         slots_valid: jax.Array,
         valid: jax.Array,
         encoder_visible: jax.Array | None,
+        virtual: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
         """All layers on new tokens `[batch, tokens, embed]`, unrolled: caches are updated in place.
 
@@ -200,6 +206,7 @@ class Stack(nn.Module):
           slot_positions, slots_valid: `[batch, slots]`, of all tokens with the new ones.
           valid: bool `[batch, tokens]`.
           encoder_visible: bool `[batch, 1, encoder length]`.
+          virtual: as for the call, of the new tokens.
         """
         c = self.config
         bias, distances = None, None
@@ -242,6 +249,7 @@ class Stack(nn.Module):
                 visible=visible(kind.attention, size),
                 encoder_visible=encoder_visible,
                 real=valid,
+                virtual=virtual,
                 method="step",
             )
             updated.append(cache)

@@ -26,6 +26,7 @@ from t5style.nn.attention_tiles import BiasByDistance
 from t5style.nn.cache import LayerCache
 from t5style.nn.moe import MoeMlp, RouterStats
 from t5style.nn.positions import RelativeBias
+from t5style.nn.projection import project
 from t5style.parallel.rules import constrain
 
 
@@ -47,7 +48,7 @@ class Mlp(nn.Module):
     def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
         """`[batch, length, embed] -> [batch, length, embed]`."""
         c = self.config
-        inputs = [checkpoint_name(project(x), f"mlp_input_{i}") for i, project in enumerate(self.inputs)]
+        inputs = [checkpoint_name(each(x), f"mlp_input_{i}") for i, each in enumerate(self.inputs)]
         hidden = activations.hidden(inputs, c.activations, c.mlp_clamp)
         hidden = constrain(hidden, ("batch", "length", "mlp"))
         return self.output(self.dropout(hidden, deterministic=deterministic))
@@ -108,10 +109,23 @@ class Layer(nn.Module):
         placement = self.config.norm_placement
         y = getattr(self, f"{name}_norm")(x) if placement in ("pre", "both") else x
         y = function(y)
+        if self.has_variable("params", f"{name}_bottleneck"):
+            y = y + self._bottleneck(name, y)
         if placement in ("both", "output"):
             y = getattr(self, f"{name}_output_norm")(y)
         x = self._add(x, y, deterministic)
         return getattr(self, f"{name}_output_norm")(x) if placement == "post" else x
+
+    def _bottleneck(self, name: str, y: jax.Array) -> jax.Array:
+        """What an adapter (models/adapters_bottleneck.py) makes of a sub-layer's output."""
+        given = self.get_variable("params", f"{name}_bottleneck")
+        hidden = project(y, given["down"], precision=self.config.precision) + given["down_bias"].astype(
+            y.dtype
+        )
+        hidden = jax.nn.gelu(hidden)  # [batch, length, size]
+        return project(hidden, given["up"], precision=self.config.precision) + given["up_bias"].astype(
+            y.dtype
+        )
 
     def _add(self, x: jax.Array, y: jax.Array, deterministic: bool) -> jax.Array:
         return constrain(x + self.dropout(y, deterministic=deterministic), ("batch", "length", "embed"))
@@ -133,10 +147,12 @@ class Layer(nn.Module):
         chunks: jax.Array | None = None,
         encoded: jax.Array | None = None,
         encoded_segments: jax.Array | None = None,
+        virtual: jax.Array | None = None,
         deterministic: bool = True,
         stats: bool = False,
     ) -> tuple[jax.Array, RouterStats | None]:
-        """`[batch, length, embed] -> [batch, length, embed]`; angles: by kind of attention.
+        """`[batch, length, embed] -> [batch, length, embed]`; angles: by kind of attention; virtual: see
+        Attention.keys_values.
 
         Also the router's statistics, if stats asks for them and the layer has experts.
         """
@@ -156,6 +172,7 @@ class Layer(nn.Module):
                 source_segments=own,
                 causal=self.causal,
                 deterministic=deterministic,
+                virtual=virtual,
             )
             return checkpoint_name(y, "attention_output")
 
@@ -214,6 +231,7 @@ class Layer(nn.Module):
         visible: jax.Array,
         encoder_visible: jax.Array | None,
         real: jax.Array | None,
+        virtual: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache]:
         """The layer on new tokens x `[batch, tokens, embed]`; their keys go to the cache from `slot` on.
 
@@ -222,6 +240,7 @@ class Layer(nn.Module):
           distances: positions of the new tokens and of the slots, where the layer has a bias of its own.
           visible: bool `[batch, tokens, slots]`.
           real: bool `[batch, tokens]`, which tokens are no padding.
+          virtual: int32 `[batch, tokens]`, see Attention.keys_values.
         """
         if self.config.relative_bias_per_layer and distances is not None:
             bias = self.relative_bias.at(*distances)
@@ -231,7 +250,7 @@ class Layer(nn.Module):
 
         def attend(y: jax.Array) -> jax.Array:
             nonlocal own
-            own = self.attention.remember(own, y, turned, slot, ring)
+            own = self.attention.remember(own, y, turned, slot, ring, virtual)
             return self.attention.recall(y, own, turned, visible, bias)
 
         def attend_across(y: jax.Array) -> jax.Array:

@@ -27,7 +27,7 @@ class Transformer(nn.Module):
     ids belong together (packed examples), None means that every token is real. Positions matter to rotary
     embeddings only; the relative bias goes by the distance in the row, which within a segment is the same. An
     id outside the vocabulary is clipped to it, since a compiled program cannot raise; preflight checks the
-    data.
+    data. To prompt and prefix tuning, ids from vocab_size on are virtual tokens (models/adapters_virtual.py).
     """
 
     config: TransformerConfig
@@ -69,6 +69,10 @@ class Transformer(nn.Module):
         """Of an int8 embedding, f32 `[vocab]`."""
         return self.get_variable("params", "embedding_scale")
 
+    def _virtual(self, tokens: jax.Array) -> jax.Array:
+        """The numbers of virtual tokens, which are ids beyond the vocabulary; negative for others."""
+        return tokens - self.config.vocab_size
+
     def _table(self, name: str, rows: int | None) -> jax.Array:
         c = self.config
         which = {"length": "position_embedding", "token_types": "token_type_embedding"}[name]
@@ -94,6 +98,10 @@ class Transformer(nn.Module):
         if self.embedding.dtype == jnp.int8:
             scale = jnp.take(self._embedding_scale, tokens, axis=0, mode="clip")
             x = x * scale[..., None].astype(dtype)
+        if self.has_variable("params", "prompt_embedding"):  # models/adapters_virtual.py
+            virtual = self._virtual(tokens)
+            learned = jnp.take(self.get_variable("params", "prompt_embedding"), virtual, axis=0, mode="clip")
+            x = jnp.where((virtual >= 0)[..., None], learned.astype(dtype), x)
         if c.scale_embeddings:
             x = x * jnp.asarray(c.d_model**0.5, dtype)
         if c.token_types:
@@ -144,7 +152,12 @@ class Transformer(nn.Module):
             raise ValueError("this model is decoder-only (encoder_layers = 0): it has no encoder to run")
         x = self._embed(tokens, positions, token_types, segments, deterministic)
         return self.encoder(
-            x, positions=positions, segments=segments, deterministic=deterministic, stats=stats
+            x,
+            positions=positions,
+            segments=segments,
+            virtual=self._virtual(tokens),
+            deterministic=deterministic,
+            stats=stats,
         )
 
     def encoder_outputs(self, tokens: jax.Array, **kwargs: Any) -> dict[str, jax.Array]:
@@ -199,6 +212,7 @@ class Transformer(nn.Module):
             segments=decoder_segment_ids,
             encoded=encoded,
             encoded_segments=encoder_segment_ids,
+            virtual=self._virtual(decoder_input_tokens),
             deterministic=deterministic,
             stats=stats,
         )
@@ -290,6 +304,7 @@ class Transformer(nn.Module):
             slots_valid=slots_valid,
             valid=valid,
             encoder_visible=None if encoder_valid is None else encoder_valid[:, None, :],
+            virtual=self._virtual(tokens),
         )
         updated = cache | {
             "layers": layers,
