@@ -138,7 +138,10 @@ class Merge:
 
     def inputs(self) -> Sequence[str]:
         """The models and the base."""
-        return [*map(located, self.models), *([located(self.base)] if self.base else [])]
+        return [
+            *(located(model.removesuffix("/*")) for model in self.models),
+            *([located(self.base)] if self.base else []),
+        ]
 
     def __call__(self, run: RunDir) -> dict[str, Any]:
         """Writes the merged model; returns how many there were and its parameters."""

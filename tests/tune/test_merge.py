@@ -160,5 +160,7 @@ def test_what_cannot_be_merged_is_refused(models, tmp_path):
     write_model.write(RunDir(tmp_path / "other"), other, params, like, "run", {})
     with pytest.raises(UserError, match=r"the model .* is of another architecture: its d_ff is 48"):
         Merge([models[0], str(tmp_path / "other")])(RunDir(tmp_path / "x").create())
-    steps = Merge([f"{models[0]}/checkpoints/*"])(RunDir(tmp_path / "steps").create())
+    averaged = Merge([f"{models[0]}/checkpoints/*"])
+    assert averaged.inputs() == [f"{models[0]}/checkpoints"]
+    steps = averaged(RunDir(tmp_path / "steps").create())
     assert steps["models"] == 1
