@@ -32,8 +32,8 @@ class Segment:
       targets: what the decoder was to say; parts without loss stand between ⟦ and ⟧.
       input_tokens, target_tokens: how many.
       learned_tokens: target tokens with loss.
-      answer: which of two answers to compare this is, 'chosen' or 'rejected' (of unpaired ones 'desirable' or
-        'undesirable', and 'other', the answer of another example); '' for all else.
+      answer: of answers to compare which one it is: 'chosen' or 'rejected'; of unpaired ones 'desirable',
+        'undesirable', or 'other', that of another example.
     """
 
     row: int
@@ -59,9 +59,8 @@ def describe(
 
     Raises: ValueError for a row that the batch does not have.
     """
+    answers = _answers(batch)
     batch = flat(batch)
-    if batch["decoder_target_tokens"].ndim == 3:
-        return _describe_answers(batch, vocabulary, rows)
     segments = []
     count = len(batch["decoder_target_tokens"])
     for row in range(count) if rows is None else rows:
@@ -84,26 +83,19 @@ def describe(
                     0 if inputs is None else len(inputs),
                     len(targets),
                     int(weights.sum()),
+                    answers[row] if answers else "",
                 )
             )
     return segments
 
 
-def _describe_answers(
-    batch: Mapping[str, np.ndarray], vocabulary: Vocabulary, rows: Sequence[int] | None
-) -> list[Segment]:
-    """Of a batch of two answers to a row."""
-    found = []
-    for side in range(2):
-        one = {name: array[:, side] for name, array in batch.items() if array.ndim == 3}
-        for segment in describe(one, vocabulary, rows):
-            answer = ("chosen", "rejected")[side]
-            if "desirable" in batch:
-                answer = (
-                    "other" if side else "desirable" if batch["desirable"][segment.row] else "undesirable"
-                )
-            found.append(dataclasses.replace(segment, answer=answer))
-    return sorted(found, key=lambda segment: segment.row)  # a stable order: chosen, rejected
+def _answers(batch: Mapping[str, np.ndarray]) -> list[str]:
+    """What the rows of answers to compare are, two to a pair; nothing of other batches."""
+    if batch["decoder_target_tokens"].ndim < 3:
+        return []
+    if "desirable" not in batch:
+        return ["chosen", "rejected"] * len(batch["decoder_target_tokens"])
+    return [name for one in batch["desirable"] for name in ("desirable" if one else "undesirable", "other")]
 
 
 def _text(ids: np.ndarray, vocabulary: Vocabulary) -> str:
@@ -132,7 +124,8 @@ def as_text(segments: Sequence[Segment]) -> str:
         sizes = f"{s.target_tokens} target tokens, {s.learned_tokens} with loss"
         if s.inputs is not None:
             sizes = f"{s.input_tokens} input tokens, {sizes}"
-        lines.append(f"row {s.row}, example {s.segment}{f', {s.answer}' if s.answer else ''}: {sizes}")
+        which = f", {s.answer}" if s.answer else ""
+        lines.append(f"row {s.row}, example {s.segment}{which}: {sizes}")
         if s.inputs is not None:
             lines.append(f"  inputs:  {s.inputs}")
         lines += [f"  targets: {s.targets}", ""]

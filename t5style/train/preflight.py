@@ -89,7 +89,8 @@ def probe(
         should not be.
     """
     source = BatchSource(task, split, PROBED_ROWS, lengths, config.architecture, seed, pack)
-    batch = flat(source.batch_at(0))
+    whole = source.batch_at(0)
+    batch = flat(whole)
     for name, values in batch.items():
         if name.endswith("_tokens") and (int(values.max()) >= config.vocab_size or int(values.min()) < 0):
             bad = int(values.max()) if int(values.max()) >= config.vocab_size else int(values.min())
@@ -129,7 +130,7 @@ def probe(
         "examples_per_epoch": source.examples_per_epoch,
         "statistics": source.statistics[task.name],
         "examples": [
-            dataclasses.asdict(segment) for segment in describe(batch, source.vocabulary, range(EXAMPLES))
+            dataclasses.asdict(segment) for segment in describe(whole, source.vocabulary, range(EXAMPLES))
         ],
     }
 
@@ -242,9 +243,9 @@ def _shown(segment: Segment) -> list[str]:
     lines = []
     if segment.inputs is not None:
         lines.append(f"reads {segment.input_tokens} tokens: {_cut(segment.inputs)!r}")
-    name = f"{segment.answer}: " if segment.answer else ""
+    which = f"{segment.answer}: " if segment.answer else ""
     lines.append(
-        f"{name}says {segment.target_tokens} tokens, {segment.learned_tokens} of them learned: "
+        f"{which}says {segment.target_tokens} tokens, {segment.learned_tokens} of them learned: "
         f"{_cut(segment.targets)!r}"
     )
     return lines

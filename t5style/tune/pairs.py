@@ -9,7 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from t5style import console, run_dir
 from t5style.data.pipeline import Batch, BatchSource, empty_batch
+
+LOOKED_AT = 2048  # pairs, by check
 
 # Arrays beside the model's own that a loss may ask for: a row of each.
 EXTRAS: dict[str, np.ndarray] = {
@@ -74,6 +77,34 @@ class PairSource:
                 known = name != "margin" or self.use_margins
                 made[name] = batch.get(name, empty).astype(empty.dtype) if known else empty
         return made
+
+
+def check(source: PairSource) -> None:
+    """Looks whether a source's first `LOOKED_AT` pairs, cut to their lengths, can be told apart.
+
+    Raises:
+      UserError: none of them can.
+    """
+    same = found = 0
+    for n in range(min(source.evaluation_batches, -(-LOOKED_AT // source.batch_size))):
+        batch = source.source.evaluation_batch_at(n)
+        tokens = (batch["decoder_loss_weights"] > 0).sum(axis=2)  # [pairs, 2]
+        real = np.all(tokens > 0, axis=1)
+        targets = batch["decoder_target_tokens"]
+        same += int((real & np.all(targets[:, 0] == targets[:, 1], axis=1)).sum())
+        found += int(real.sum())
+    name = ", ".join(task.name for task in source.tasks)
+    if same == found:
+        raise run_dir.UserError(
+            f"task {name!r}: in none of the {found} pairs that were looked at does the rejected answer "
+            f"differ from the chosen one, cut to the lengths {source.lengths}: raise the lengths, or look at "
+            "the data."
+        )
+    if same:
+        console.say(
+            f"WARNING: in {same} of {found} pairs of task {name!r} that were looked at both answers are the "
+            "same, as they are or cut to their lengths: nothing is learnt from these"
+        )
 
 
 Evaluate = Callable[[Any, Callable[[], bool]], dict[str, float] | None]

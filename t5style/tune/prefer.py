@@ -75,14 +75,7 @@ class Prefer(Finetune):
             raise ValueError(
                 f"z_loss is {self.z_loss}, which losses of preferences do not have: set it to 0."
             )
-        if not self.is_precomputed:
-            return
-        if not self.preference.is_paired:
-            raise ValueError(
-                "reference is 'precomputed', but 'kto' compares with other answers in every batch: set "
-                "reference to 'live'."
-            )
-        if isinstance(self.task, Mixture):
+        if self.is_precomputed and isinstance(self.task, Mixture):
             raise ValueError(
                 f"reference is 'precomputed', but task {self.task.name!r} is a mixture, whose pairs have no "
                 "numbers of their own: set reference to 'live'."
@@ -101,9 +94,8 @@ class Prefer(Finetune):
 
     @property
     def _extras(self) -> tuple[str, ...]:
-        if self.is_precomputed:
-            return (REFERENCE,)
-        return () if self.preference.is_paired else ("desirable",)
+        desirable = () if self.preference.is_paired else ("desirable",)
+        return (*desirable, REFERENCE) if self.is_precomputed else desirable
 
     def make_program(self) -> TrainingProgram:
         """See Pretrain.make_program."""
@@ -126,6 +118,18 @@ class Prefer(Finetune):
         source = PairSource(super()._source(task, split, rows, shuffle=shuffle), self._extras)
         self._sources.append(source)
         return source  # type: ignore[return-value]
+
+    def _preflight(
+        self,
+        run: run_dir.RunDir,
+        mesh: Mesh,
+        source: BatchSource,
+        evaluated: Sequence[BatchSource],
+        start: str,
+    ) -> None:
+        if self.preference.is_paired:
+            pairs.check(source)  # type: ignore[arg-type]
+        super()._preflight(run, mesh, source, evaluated, start)
 
     def _start(
         self, run: run_dir.RunDir, mesh: Mesh, source: BatchSource, keeper: checkpoint.Checkpointer

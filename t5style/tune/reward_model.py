@@ -236,8 +236,18 @@ class RewardModel(Finetune):
         # One place is kept for the last token, see with_last_token.
         lengths = {**sides, "decoder": sides["decoder"] - 1}
         source = BatchSource(task, split, rows, lengths, architecture, self.seed, self.pack, shuffle)
-        pairs = PairSource(source, ("margin",), use_margins=self.margins, room=1)
-        return pairs  # type: ignore[return-value]
+        return PairSource(source, ("margin",), use_margins=self.margins, room=1)  # type: ignore[return-value]
+
+    def _preflight(
+        self,
+        run: run_dir.RunDir,
+        mesh: Mesh,
+        source: BatchSource,
+        evaluated: Sequence[BatchSource],
+        start: str,
+    ) -> None:
+        pairs.check(source)  # type: ignore[arg-type]
+        super()._preflight(run, mesh, source, evaluated, start)
 
     def __call__(self, run: run_dir.RunDir) -> Figures:
         """See Pretrain.__call__."""

@@ -108,7 +108,12 @@ class RewardScorer:
 
         inputs, input_lengths = flat(prompts)
         targets, target_lengths = flat(answers)
-        examples = Examples(inputs, input_lengths, targets, target_lengths, np.ones(len(targets), np.int32))
+        first = None
+        if self.config.architecture == DECODER_ONLY:  # a prompt's first token is read and not foretold
+            first = np.array([prompt[0] if len(prompt) else self.vocabulary.bos_id for prompt in prompts])
+            inputs, input_lengths = flat([prompt[1:] for prompt in prompts])
+        weights = np.ones(len(targets), np.int32)
+        examples = Examples(inputs, input_lengths, targets, target_lengths, weights, first)
         if self.config.architecture == DECODER_ONLY:
             examples = examples.joined()
         lengths = {"decoder": _rounded(int(examples.target_lengths.max()) + 1)}

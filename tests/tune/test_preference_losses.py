@@ -167,7 +167,7 @@ def test_a_certain_answer_has_finite_odds():
 
 
 def pair_batch(ids: np.ndarray, attention: np.ndarray, completion: np.ndarray, extra: int = 0):
-    """Rows as TRL has them, chosen ones first [2 * pairs, length], as pairs [pairs, 2, length - 1 + extra]."""
+    """Rows as TRL has them, chosen ones first [2 * pairs, length], as [pairs, 2, length - 1 + extra]."""
 
     def laid(values):
         values = np.pad(values, ((0, 0), (0, extra))).astype(np.int32)
