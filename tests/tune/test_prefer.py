@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 import t5style
+from t5style.data.objectives import Unpaired
 from t5style.data.pipeline import BatchSource
 from t5style.data.token_store import TokenStoreWriter
 from t5style.models.adapters import Lora
@@ -80,6 +82,19 @@ def test_an_adapters_base_is_its_reference(parent, tmp_path):
     losses = of(tmp_path / "run", "train/loss")
     assert losses[0] == pytest.approx(1.0, abs=1e-5)  # (0 - 1 / (2 · 0.5))²
     assert losses[3] < 0.999
+
+
+def test_kto_learns_from_single_answers(parent, tmp_path):
+    task = tiny_pairs.task(tiny_pairs.make_unpaired(str(tmp_path / "store")), Unpaired())
+    job = prefer(parent, 6, method="kto", beta=0.3, reference="precomputed", eval_split=None)
+    dataclasses.replace(job, task=task)(RunDir(tmp_path / "run").create())
+    losses = of(tmp_path / "run", "train/loss")
+    assert losses[0] == pytest.approx(0.5, abs=1e-6)  # 1 - σ(0)
+    assert losses[5] < 0.499
+    wanted, unwanted = (
+        of(tmp_path / "run", f"train/reward_{name}")[5] for name in ("desirable", "undesirable")
+    )
+    assert wanted > unwanted
 
 
 def test_pairs_that_are_the_same_twice_are_told_of(parent, tmp_path, capfd):

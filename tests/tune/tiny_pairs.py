@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from t5style.data.objectives import Preferences
+from t5style.data.objectives import Preferences, Unpaired
 from t5style.data.task import Task
 from t5style.data.token_store import TokenStoreWriter
 from t5style.parallel.mesh import MeshConfig
@@ -37,9 +37,19 @@ def make_store(folder: str, train: int = 96, validation: int = 21) -> str:
     return folder
 
 
-def task(store: str) -> Task:
+def make_unpaired(folder: str) -> str:
+    """A store of the same answers one by one, every third one of them rejected."""
+    with TokenStoreWriter(folder, ("prompt", "completion", "desirable"), VOCABULARY) as writer:
+        for i, record in enumerate(pairs("train", 48)):
+            answer = VOCABULARY.encode(record["rejected" if i % 3 == 0 else "chosen"])
+            tokens = {"prompt": VOCABULARY.encode(record["prompt"]), "completion": [*answer, 1]}
+            writer.add("train", {**tokens, "desirable": [int(i % 3 > 0)]})
+    return folder
+
+
+def task(store: str, objective: Preferences | Unpaired | None = None) -> Task:
     """The pairs of a store."""
-    return Task("pairs", store, Preferences())
+    return Task("pairs", store, objective or Preferences())
 
 
 def settings(steps: int, peak: float = 3e-3) -> dict[str, Any]:
