@@ -33,6 +33,7 @@ class RewardScorer:
       vocabulary: of the texts.
       mesh: None for one device.
       batch_size: rows that are read at once.
+      prefix: what a decoder-only model's texts begin with; None for the vocabulary's.
     """
 
     def __init__(
@@ -42,7 +43,9 @@ class RewardScorer:
         vocabulary: Vocabulary,
         mesh: Mesh | None = None,
         batch_size: int = 8,
+        prefix: int | None = None,
     ) -> None:
+        self.prefix = vocabulary.bos_id if prefix is None else prefix
         self.config, self.params, self.vocabulary = config, params, vocabulary
         self.mesh, self.batch_size = mesh, batch_size
 
@@ -62,24 +65,29 @@ class RewardScorer:
         stored = storage.load(path, mesh=mesh)  # without heads
         assert stored.vocabulary is not None  # every run has one
         head = jax.device_get(checkpoint.restore_params(folder)[HEAD])
-        return cls(stored.config, {**stored.params, HEAD: head}, stored.vocabulary, mesh, batch_size)
+        prefix = None if stored.ids is None else stored.ids.prefix
+        params = {**stored.params, HEAD: head}
+        return cls(stored.config, params, stored.vocabulary, mesh, batch_size, prefix)
 
     def texts(
         self, prompts: Sequence[str], answers: Sequence[str], special_tokens: bool = False
     ) -> np.ndarray:
-        """Rewards f32 [answers]; answers are closed by the end-of-sequence token.
+        """Rewards f32 [answers]; texts become tokens as tune.examples.Examples makes them.
 
         Args:
-          prompts: as the model reads them, in its chat template if it has one.
+          prompts: of a model with a chat template in that, else as they are.
           answers: what it said.
-          special_tokens: prompts spell out special tokens (`<|im_start|>`), which are to be read as such.
+          special_tokens: prompts spell out all special tokens (`<|im_start|>`), as a chat template writes
+            them, and these are to be read as such.
         """
         vocabulary = self.vocabulary
-        read = [
-            chat_tokens.encode(vocabulary, prompt)[0] if special_tokens else vocabulary.encode(prompt)
-            for prompt in prompts
-        ]
-        return self.tokens(read, [[*vocabulary.encode(answer), vocabulary.eos_id] for answer in answers])
+        end = [vocabulary.eos_id]
+        before, behind = ([], end) if self.config.architecture != DECODER_ONLY else ([self.prefix], [])
+        if special_tokens:
+            read = [[*chat_tokens.encode(vocabulary, prompt)[0], *behind] for prompt in prompts]
+        else:
+            read = [[*before, *vocabulary.encode(prompt), *behind] for prompt in prompts]
+        return self.tokens(read, [[*vocabulary.encode(answer), *end] for answer in answers])
 
     def tokens(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> np.ndarray:
         """Rewards f32 [answers] of answers given as tokens, laid out as in training.

@@ -61,13 +61,18 @@ def test_it_learns_and_scores_as_it_was_evaluated(parent, tmp_path, architecture
     records = tiny_pairs.pairs("validation", 21)
     scorer = RewardScorer.load(run.path, batch_size=4)
     prompts = [record["prompt"] for record in records]
-    chosen, rejected = (scorer.texts(prompts, [r[side] for r in records]) for side in ("chosen", "rejected"))
+    encode = tiny_pairs.VOCABULARY.encode
+    read = [encode(prompt) for prompt in prompts]
+    chosen, rejected = (
+        scorer.tokens(read, [[*encode(r[side]), 1] for r in records]) for side in ("chosen", "rejected")
+    )
     assert chosen.mean() == pytest.approx(figures["eval/pairs/reward_chosen"], abs=1e-5)
     accuracy = (chosen > rejected).mean() + 0.5 * (chosen == rejected).mean()
     assert accuracy == pytest.approx(figures["eval/pairs/accuracy"])
     learned = LearnedReward(str(run.path), mean=1.0, scale=2.0)
     both = learned.score([{}] * 21, prompts, [[r["chosen"], r["rejected"]] for r in records])
-    np.testing.assert_allclose(both[:, 0], (chosen - 1) / 2, rtol=1e-4, atol=1e-5)
+    texts = scorer.texts(prompts, [record["chosen"] for record in records])
+    np.testing.assert_allclose(both[0, 0], (texts[0] - 1) / 2, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(
         learned({"prompt": prompts[0]}, [records[0]["rejected"]]), both[0, 1:], rtol=1e-4, atol=1e-5
     )
@@ -75,7 +80,7 @@ def test_it_learns_and_scores_as_it_was_evaluated(parent, tmp_path, architecture
     if adapter is None:
         mesh = MeshConfig(data=2, fsdp=2, devices=4).build()
         spread = RewardScorer.load(run.path, mesh=mesh).texts(prompts, [r["chosen"] for r in records])
-        np.testing.assert_allclose(spread, chosen, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(spread, texts, rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_no_reward_model_is_refused(parent):
