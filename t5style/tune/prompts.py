@@ -70,8 +70,10 @@ class PromptSource:
         self.store = TokenStore.open(task.store)
         self.vocabulary: Vocabulary = self.store.vocabulary
         self._split = task.store_split(split)
-        self._is_decoder_only = architecture == "decoder_only"
-        sizes = self.store.lengths(self._split, FEATURE) + self._is_decoder_only
+        # Prompts that tune.examples.Examples wrote are whole: they have what the model's texts begin with.
+        whole = self.store.manifest.get("description", {}).get("whole", False)
+        self._adds_start = architecture == "decoder_only" and not whole
+        sizes = self.store.lengths(self._split, FEATURE) + self._adds_start
         if not len(sizes):
             raise UserError(f"the split {split!r} of the prompts in {task.store} is empty.")
         self.members = np.flatnonzero(sizes <= room)
@@ -114,7 +116,7 @@ class PromptSource:
         """The prompt of an example of the split."""
         (tokens,) = self.store.examples(self._split, FEATURE, [example])
         text = self.vocabulary.decode(tokens)
-        if self._is_decoder_only:  # as rows of training begin (data.pipeline.lay_out)
+        if self._adds_start:  # as rows of training begin (data.pipeline.lay_out)
             tokens = np.concatenate([[self.vocabulary.bos_id], tokens]).astype(np.int32)
         return Prompt(example, tokens, text, self.records[example])
 

@@ -116,11 +116,9 @@ class Sampler:
         groups: list[list[Sample]] = []
         resampled, tries = 0, job.dynamic_tries or 0
         for attempt in range(tries + 1):
-            missing = job.prompts - len(groups)
-            if attempt == 0:
-                prompts = self.source.drawn(number * job.prompts, job.prompts)
-            else:
-                prompts = self.source.drawn(number * job.prompts, missing, ("again", attempt))
+            # Always as many, so that nothing is compiled anew; what is too many is not used.
+            stream = ("again", attempt) if attempt else ()
+            prompts = self.source.drawn(number * job.prompts, job.prompts, stream)
             drawn = rollouts.draw(
                 engine,
                 prompts,
@@ -131,12 +129,15 @@ class Sampler:
             )
             self._judge(prompts, drawn)
             self._shape(drawn)
+            missing = job.prompts - len(groups)
             uneven = [group for group in drawn if _spread(group) > 0]
-            if attempt < tries and len(uneven) < missing:
-                groups += uneven
-                resampled += len(drawn) - len(uneven)
-            else:  # what is even now fills the batch: it teaches nothing
-                groups += drawn
+            even = [group for group in drawn if not _spread(group) > 0]
+            if attempt < tries:
+                groups += uneven[:missing]
+                resampled = job.prompts - len(uneven) if attempt == 0 else resampled
+            else:  # what is even fills the batch: it teaches nothing
+                groups += drawn if not tries else [*uneven, *even][:missing]
+            if len(groups) == job.prompts:
                 break
         del engine
         return self._compared(groups, params, self._coefficient(batch), resampled)
