@@ -119,13 +119,10 @@ class Layer(nn.Module):
     def _bottleneck(self, name: str, y: jax.Array) -> jax.Array:
         """What an adapter (models/adapters_bottleneck.py) makes of a sub-layer's output."""
         given = self.get_variable("params", f"{name}_bottleneck")
-        hidden = project(y, given["down"], precision=self.config.precision) + given["down_bias"].astype(
-            y.dtype
-        )
+        given = {part: value.astype(y.dtype) for part, value in given.items()}
+        hidden = project(y, given["down"], precision=self.config.precision) + given["down_bias"]
         hidden = jax.nn.gelu(hidden)  # [batch, length, size]
-        return project(hidden, given["up"], precision=self.config.precision) + given["up_bias"].astype(
-            y.dtype
-        )
+        return project(hidden, given["up"], precision=self.config.precision) + given["up_bias"]
 
     def _add(self, x: jax.Array, y: jax.Array, deterministic: bool) -> jax.Array:
         return constrain(x + self.dropout(y, deterministic=deterministic), ("batch", "length", "embed"))

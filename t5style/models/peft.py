@@ -1,8 +1,8 @@
 """Directories of Hugging Face's PEFT library (adapter_config.json, adapter_model.safetensors) <-> adapters.
 
-Which module of theirs is which projection of ours is read off the family's table of rows
-(convert_rows.py). LoRA with rsLoRA and DoRA, and (IA)^3. A field of adapter_config.json that changes what is
-computed and that we do not honour is an error that names it, as is a tensor without a place.
+LoRA with rsLoRA and DoRA, (IA)^3, prompt tuning and prefix tuning. Which module of theirs is which projection
+of ours is read off the family's table of rows (convert_rows.py). A field of adapter_config.json that changes
+what is computed and that we do not honour is an error that names it, as is a tensor without a place.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from t5style import run_dir
-from t5style.models import adapters, convert_stream
+from t5style.models import adapters, convert_stream, peft_virtual
 from t5style.models.adapters import Adapter, Kernel, Lora, Tree
 from t5style.models.adapters_vectors import Ia3
+from t5style.models.adapters_virtual import PrefixTuning, PromptTuning
 from t5style.models.config import TransformerConfig
 from t5style.models.convert import family_of
 from t5style.models.convert_stream import Placed
 from t5style.models.families.registry import FAMILIES
+from t5style.models.peft_virtual import CONFIG, WEIGHTS
 from t5style.models.safetensors_files import Planned, Tensor, read_header, read_json, some, write_file
 from t5style.run_dir import PathLike, UserError
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_KINDS = ("LORA", "IA3")
+_KINDS = ("LORA", "IA3", "PROMPT_TUNING", "PREFIX_TUNING")
 # What says nothing about the function that is computed from the tensors in the file.
 _INERT = (
     *("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version"),
@@ -42,6 +42,27 @@ _INERT = (
 _READ = {
     "LORA": ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "init_lora_weights"),
     "IA3": ("feedforward_modules",),
+    "PROMPT_TUNING": (
+        *(
+            "num_virtual_tokens",
+            "token_dim",
+            "num_transformer_submodules",
+            "num_attention_heads",
+            "num_layers",
+        ),
+        *("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"),
+    ),
+    # Of a prefix that a network made, its output is in the file.
+    "PREFIX_TUNING": (
+        *(
+            "num_virtual_tokens",
+            "token_dim",
+            "num_transformer_submodules",
+            "num_attention_heads",
+            "num_layers",
+        ),
+        *("encoder_hidden_size", "prefix_projection", "init_weights"),
+    ),
 }
 # Initialisations that leave the base as it is; others (PiSSA, OLoRA, ...) train beside a changed one.
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
@@ -166,8 +187,10 @@ def load(folder: PathLike, config: TransformerConfig, family: str | None = None)
         raise UserError(f"{folder / CONFIG} is missing: a PEFT directory has it and {WEIGHTS}")
     theirs, where = read_json(folder / CONFIG), str(folder / CONFIG)
     _check_fields(theirs, where)
-    modules, every = _modules(config, family)
     tensors = _tensors(folder)
+    if theirs["peft_type"] in ("PROMPT_TUNING", "PREFIX_TUNING"):
+        return peft_virtual.read(folder, theirs, config, tensors)
+    modules, every = _modules(config, family)
     wanted = _matched(theirs, "target_modules", every, where)
     known = {name for module in modules for name in module.names}
     if strange := sorted(wanted - known):
@@ -340,6 +363,9 @@ def save(
     Raises:
       UserError: PEFT has no such adapter, or not for this model.
     """
+    if isinstance(adapter, PromptTuning | PrefixTuning):
+        _write(folder, *peft_virtual.planned(adapter, config, own, base))
+        return
     if not isinstance(adapter, Lora | Ia3):
         raise UserError(f"a {type(adapter).__name__} is not a kind of adapter that we save for PEFT")
     modules, every = _modules(config, family)
@@ -358,7 +384,7 @@ def save(
         adapted |= set(module.names)
         inside |= set(module.names) if name == "ia3_input" else set()
         codec = module.codec(name, adapter.rank if isinstance(adapter, Lora) else 1)
-        value = _whole(leaf)
+        value = peft_virtual.whole(leaf)
         layers = value if module.kernel.stacked else value[None]
         for name, layer in zip(module.names, layers, strict=True):
             key, made = f"{_PREFIX}{name}.{codec.suffix}", codec.to_theirs(layer)
@@ -377,17 +403,15 @@ def save(
         theirs |= {"lora_dropout": adapter.dropout, "use_rslora": adapter.rslora, "use_dora": adapter.dora}
     else:
         theirs |= {"peft_type": "IA3", "feedforward_modules": _named(inside, every)}
+    _write(folder, theirs, planned)
+
+
+def _write(folder: PathLike, theirs: Mapping[str, Any], planned: Sequence[Planned]) -> None:
     if jax.process_index() == 0:
         with run_dir.atomic_folder(folder) as made:
             write_file(Path(made) / WEIGHTS, planned)
             (Path(made) / CONFIG).write_text(json.dumps(theirs, indent=2, sort_keys=True) + "\n")
     run_dir.barrier("save_peft")
-
-
-def _whole(leaf: Any) -> np.ndarray:
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        leaf = multihost_utils.process_allgather(leaf, tiled=True)
-    return np.asarray(leaf)
 
 
 def _named(chosen: set[str], every: set[str]) -> list[str]:
