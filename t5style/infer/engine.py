@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from t5style.infer import virtual
 from t5style.infer.batch import batch_bucket, bucket, on_mesh, pad_rows, put
 from t5style.infer.ids import TokenIds
 from t5style.models.cache import init_cache
@@ -58,14 +59,14 @@ def _start(
     config: TransformerConfig,
     variables: Any,
     arrays: dict[str, jax.Array],
-    start_id: jax.Array,
+    first: jax.Array,
     *,
     slots: int,
     dtype: str | None,
     ring: bool,
 ) -> tuple[jax.Array, Cache]:
-    """Logits after the first chunk of the prompts (of an encoder-decoder: after the start token, the prompts
-    encoded), and the cache.
+    """Logits after the first chunk of the prompts (of an encoder-decoder: after `first`, int32 [count], the
+    prompts encoded), and the cache.
     """
     tokens, mask = arrays["tokens"], arrays["mask"]
     batch = len(tokens)
@@ -84,7 +85,7 @@ def _start(
         encoder_segment_ids=mask,
         dtype=dtype,
     )
-    return last_logits(config, variables, jnp.full((batch, 1), start_id, jnp.int32), cache)
+    return last_logits(config, variables, jnp.broadcast_to(first, (batch, len(first))), cache)
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
@@ -146,15 +147,19 @@ class Engine:
     def prefill(self, prompts: Sequence[np.ndarray], room: int, ring: bool = True) -> Prefilled:
         """Reads prompts, int arrays [length] of at least one token; `room` tokens may follow in the cache.
 
-        An encoder-decoder encodes them, and its decoder reads the start token. ring: layers with a window
+        An encoder-decoder encodes them, and its decoder reads the start token. Virtual tokens of an adapter
+        are put before them. ring: layers with a window
         forget what no later token sees; this needs all tokens that follow to be real, one or a few at a time.
         """
         batch = batch_bucket(len(prompts), self.mesh)
+        before = [virtual.ids(self.config, count) for count in virtual.counts(self.config, self.params)]
+        first = np.append(before[1], np.int32(self.ids.start))
+        own = before[0] if self.config.encoder_layers else before[1]
+        prompts = [np.concatenate([own, prompt]) for prompt in prompts] if len(own) else prompts
         longest = max(map(len, prompts))
-        start_id = np.int32(self.ids.start)
         if self.config.encoder_layers:
             tokens, mask = pad_rows(prompts, batch, bucket(longest), self.ids.pad)
-            step, slots = tokens.shape[1], 1
+            step, slots = tokens.shape[1], len(first)
         else:
             # All prompts end in the same slot, where the first new token follows: padded on the left.
             step = min(bucket(longest), CHUNK)
@@ -170,7 +175,7 @@ class Engine:
                         self.config,
                         self.variables,
                         arrays,
-                        start_id,
+                        first,
                         slots=slots + room,
                         dtype=self.cache_dtype,
                         ring=ring,

@@ -6,7 +6,6 @@ length]` and masks the same shape, 1 = real token; padding may stand on the left
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
@@ -16,7 +15,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from t5style.corpus.vocabulary import Vocabulary
-from t5style.infer import beams, programs, scoring, speculative, storage
+from t5style.infer import adapters, beams, requests, scoring, speculative, storage, virtual
+from t5style.infer.adapters import Adapted, AdaptedEngine, Held
 from t5style.infer.answers import Completion, Stream, answer_all, completion
 from t5style.infer.batch import (
     batch_bucket,
@@ -31,7 +31,8 @@ from t5style.infer.decoding import Answer
 from t5style.infer.embedding import Embedding
 from t5style.infer.engine import Engine
 from t5style.infer.ids import TokenIds, token_ids
-from t5style.infer.settings import Fields, Settings, settings_of
+from t5style.infer.settings import Fields, Settings
+from t5style.models.adapters_merge import merge_adapters
 from t5style.models.config import TransformerConfig
 from t5style.models.quantize import quantize as quantized
 from t5style.parallel.rules import Rules
@@ -40,7 +41,7 @@ from t5style.run_dir import PathLike, UserError
 BATCH_SIZE = 16
 
 
-class Model:
+class Model(Adapted):
     """A model ready for use; made by `load`.
 
     Attributes:
@@ -54,6 +55,9 @@ class Model:
       family: the model_type of the Hugging Face directory it comes from, in which it is saved; None: the
         first that fits.
       embedding: how `embed` pools; by default the mean.
+      base: the parameters without an adapter.
+      adapters: those that `add_adapter` has added to the base, by name, and as "default" the one that the
+        model was loaded with, which then is in `params`.
     """
 
     def __init__(
@@ -68,6 +72,8 @@ class Model:
         cache_dtype: str | None = None,
         family: str | None = None,
         embedding: Embedding | None = None,
+        base: Any = None,
+        held: dict[str, Held] | None = None,
     ) -> None:
         if vocabulary is not None and vocabulary.vocab_size > config.vocab_size:
             raise UserError(
@@ -79,6 +85,8 @@ class Model:
         self.config, self.params, self.vocabulary, self.ids = config, params, vocabulary, ids
         self.mesh, self.rules, self.path, self.cache_dtype = mesh, rules, path, cache_dtype
         self.family, self.embedding = family, embedding or Embedding()
+        self.base, self.adapters = params if base is None else base, held if held is not None else {}
+        self._views: dict[str, Model] = {}
         self._engine: Engine | None = None
 
     def __repr__(self) -> str:
@@ -109,20 +117,7 @@ class Model:
         Raises:
           ValueError: wrong shapes or dtypes, ids outside the vocabulary, encoder inputs missing or unwanted.
         """
-        decoder, decoder_mask = self.check("tokens", tokens, mask)
-        batch = {"decoder_input_tokens": decoder, "decoder_segment_ids": decoder_mask}
-        if encoder_tokens is not None:
-            encoder, encoder_mask = self.check("encoder_tokens", encoder_tokens, encoder_mask)
-            if len(encoder) != len(decoder):
-                raise ValueError(f"encoder_tokens has {len(encoder)} rows but tokens {len(decoder)}")
-            batch |= {"encoder_input_tokens": encoder, "encoder_segment_ids": encoder_mask}
-        if self.encoder_decoder != (encoder_tokens is not None):
-            raise ValueError(
-                "this model is an encoder-decoder: give encoder_tokens"
-                if self.encoder_decoder
-                else "this model is decoder-only: it takes no encoder_tokens"
-            )
-        return self.run(programs.logits, batch)[: len(decoder), : decoder.shape[1]]
+        return scoring.logits(self, tokens, mask, encoder_tokens, encoder_mask)
 
     def token_scores(self, batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """How well the model foretells a batch's targets.
@@ -135,19 +130,7 @@ class Model:
           log-likelihood of each target token, in nats, float32 `[batch, length]`; and whether it is the most
           probable one, bool of the same shape. What stands at padding is unspecified.
         """
-        names = [
-            f"{side}_{what}"
-            for side in ("encoder", "decoder")
-            for what in ("input_tokens", "segment_ids", "positions")
-        ]
-        arrays = {
-            name: np.asarray(batch[name]) for name in [*names, "decoder_target_tokens"] if name in batch
-        }
-        rows, length = arrays["decoder_target_tokens"].shape
-        for name in [name for name in arrays if name.endswith("input_tokens")]:
-            arrays.setdefault(name.replace("input_tokens", "segment_ids"), np.ones_like(arrays[name]))
-        scores, correct = jax.device_get(self.run(programs.token_scores, arrays))
-        return scores[:rows, :length], correct[:rows, :length]
+        return scoring.token_scores(self, batch)
 
     def generate_tokens(
         self,
@@ -155,6 +138,7 @@ class Model:
         mask: Any = None,
         max_new_tokens: int | Sequence[int] | None = None,
         settings: Settings | Sequence[Settings] | None = None,
+        adapter: str | Sequence[str] | None = None,
         **fields: Unpack[Fields],
     ) -> np.ndarray:
         """New tokens, int32 `[answers, max_new_tokens]`: each row up to and with the token that ended it,
@@ -166,6 +150,8 @@ class Model:
           mask: 1 = real token, padding on either side; None: all real.
           max_new_tokens: at least 1; None: the settings' (128).
           settings: how to answer, one for all rows or one for each; None: greedily (see Settings).
+          adapter: the name of the adapter that answers, or one for each row, "base" for none; None: the
+            model as it is. Rows of one adapter are decoded together.
           **fields: fields of Settings that shall be different: `temperature=0.7`; numbers may be lists, one
             for each row. A single seed s gives row i the seed s + i.
 
@@ -175,8 +161,8 @@ class Model:
         """
         array, real = self.check("tokens", tokens, mask)
         prompts = [row[keep != 0] for row, keep in zip(array, real, strict=True)]
-        rows = self._settings(prompts, max_new_tokens, settings, fields)
-        answers = self._answers(prompts, rows, sum(row.n for row in rows))
+        rows = requests.settings(self, prompts, max_new_tokens, settings, fields)
+        answers = self._answers(prompts, rows, sum(row.n for row in rows), adapter)
         out = np.full((len(answers), max(row.max_new_tokens for row in rows)), self.ids.pad, np.int32)
         for row, (answer, _) in zip(out, answers, strict=True):
             new = answer.tokens + ([] if answer.end is None else [answer.end])
@@ -192,12 +178,15 @@ class Model:
         settings: Settings | Sequence[Settings] | None = None,
         *,
         batch_size: int = BATCH_SIZE,
+        adapter: str | Sequence[str] | None = None,
         **fields: Unpack[Fields],
     ) -> list[str]:
         """Answers to prompts, as text, n for each; see `generate_tokens` for the settings, and `complete`
         for more than the text.
         """
-        answers = self.complete(prompts, max_new_tokens, settings, batch_size=batch_size, **fields)
+        answers = self.complete(
+            prompts, max_new_tokens, settings, batch_size=batch_size, adapter=adapter, **fields
+        )
         return [answer.text for answer in answers]
 
     def complete(
@@ -207,6 +196,7 @@ class Model:
         settings: Settings | Sequence[Settings] | None = None,
         *,
         batch_size: int = BATCH_SIZE,
+        adapter: str | Sequence[str] | None = None,
         **fields: Unpack[Fields],
     ) -> list[Completion]:
         """As generate, with token ids, why the answer ended, and log-probabilities where they are asked for.
@@ -215,7 +205,8 @@ class Model:
         """
         vocabulary = self.text_vocabulary()
         rows = [self.prompt_ids(text, i) for i, text in enumerate(check_texts("prompts", prompts))]
-        answers = self._answers(rows, self._settings(rows, max_new_tokens, settings, fields), batch_size)
+        asked = requests.settings(self, rows, max_new_tokens, settings, fields)
+        answers = self._answers(rows, asked, batch_size, adapter)
         return [
             completion(answer, vocabulary.decode(answer.tokens) if text is None else text)
             for answer, text in answers
@@ -228,6 +219,7 @@ class Model:
         settings: Settings | Sequence[Settings] | None = None,
         *,
         batch_size: int = BATCH_SIZE,
+        adapter: str | Sequence[str] | None = None,
         **fields: Unpack[Fields],
     ) -> list[list[int]]:
         """New tokens, without end-of-sequence and padding, for prompts of any lengths: int arrays [length].
@@ -235,8 +227,8 @@ class Model:
         Prompts of similar length are decoded together, `batch_size` at a time; settings as for
         generate_tokens.
         """
-        rows = self._settings(prompts, max_new_tokens, settings, fields)
-        return [answer.tokens for answer, _ in self._answers(prompts, rows, batch_size)]
+        rows = requests.settings(self, prompts, max_new_tokens, settings, fields)
+        return [answer.tokens for answer, _ in self._answers(prompts, rows, batch_size, adapter)]
 
     def stream(
         self,
@@ -256,7 +248,7 @@ class Model:
         """
         vocabulary = self.text_vocabulary()
         ids = self._ids(prompt, 0)
-        (row,) = self._settings([ids], max_new_tokens, settings, fields)
+        (row,) = requests.settings(self, [ids], max_new_tokens, settings, fields)
         if row.n != 1:
             raise ValueError(f"n is {row.n}: a stream is one answer, call complete for several")
         return Stream(self.engine, ids, row, vocabulary)
@@ -274,7 +266,7 @@ class Model:
         """The n best answers that beam search finds for each prompt, a text or token ids; see beams.Beams."""
         how = beams.Beams(num_beams, length_penalty, n, max_new_tokens, early_stopping, stop_tokens)
         rows = [self._ids(prompt, i) for i, prompt in enumerate(prompts)]
-        self._settings(rows, max_new_tokens, None, {"stop_tokens": stop_tokens})
+        requests.settings(self, rows, max_new_tokens, None, {"stop_tokens": stop_tokens})
         return beams.completions(beams.search(self.engine, rows, how), self.vocabulary)
 
     def generate_speculative(
@@ -290,9 +282,9 @@ class Model:
     ) -> speculative.Speculated:
         """The answer of `complete` to a text or ids, made of guesses; see speculative.speculate."""
         ids = self._ids(prompt, 0)
-        (row,) = self._settings([ids], max_new_tokens, settings, fields)
+        (row,) = requests.settings(self, [ids], max_new_tokens, settings, fields)
         if draft is not None:
-            draft._check_length(0, len(ids), row.max_new_tokens)
+            requests.check_length(draft, 0, len(ids), row.max_new_tokens)
         other = None if draft is None else draft.engine
         return speculative.speculate(self.engine, ids, row, self.vocabulary, other, guesses, ngram)
 
@@ -392,7 +384,10 @@ class Model:
         return check_tokens(name, tokens, mask, self.config.vocab_size, self.ids.pad)
 
     def run(self, program: Any, batch: dict[str, np.ndarray]) -> Any:
-        """Runs a program on a batch, padded to buckets: lengths always, rows where a mesh asks for it."""
+        """Runs a program on a batch, padded to buckets: lengths always, rows where a mesh asks for it. An
+        adapter's virtual tokens are put in, and what the program gives for them is left out.
+        """
+        batch, places = virtual.insert(self.config, batch, virtual.counts(self.config, self.params))
         rows = next(iter(batch.values())).shape[0]
         ways = 1 if self.mesh is None else batch_bucket(rows, self.mesh)
         padded = {}
@@ -400,71 +395,40 @@ class Model:
             extra = (max(rows, ways) - rows, bucket(array.shape[1]) - array.shape[1])
             padded[name] = np.pad(array, ((0, extra[0]), (0, extra[1])))
         with on_mesh(self.mesh, self.rules):
-            return program(self.config, self.params, put(padded, self.mesh))
+            result = program(self.config, self.params, put(padded, self.mesh))
+        if places is None:
+            return result
+        row = np.arange(rows)[:, None]
+        return jax.tree.map(lambda leaf: leaf[row, places], result)  # [rows, length, ...]
 
     @property
     def engine(self) -> Engine:
         """What decodes; made when it is first asked for."""
         if self._engine is None or self._engine.params is not self.params:
-            self._engine = Engine(self.config, self.params, self.ids, self.mesh, self.rules, self.cache_dtype)
+            given = (self.config, self.params, self.ids, self.mesh, self.rules, self.cache_dtype)
+            if self.adapters and self.params is not self.base:
+                self._engine = AdaptedEngine(*given, base=self.with_adapter(adapters.BASE).engine)
+            else:
+                self._engine = Engine(*given)
         return self._engine
 
-    def _settings(
+    def _answers(
         self,
         prompts: Sequence[np.ndarray],
-        max_new_tokens: Any,
-        settings: Settings | Sequence[Settings] | None,
-        fields: Any,
-    ) -> list[Settings]:
-        """The settings of each prompt, checked with it and against the model; all banned texts as tokens."""
-        if not self.config.decoder_layers:
-            raise ValueError("this model is encoder-only: it embeds texts, and cannot generate")
-        changes = dict(fields) if max_new_tokens is None else {**fields, "max_new_tokens": max_new_tokens}
-        rows = settings_of(len(prompts), settings, changes)
-        for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-            if not len(prompt):
-                raise ValueError(
-                    f"row {i} has no real token: give at least one, and a mask that is not all 0"
-                )
-            self._check_length(i, len(prompt), row.max_new_tokens)
-        return [self._with_tokens(row) for row in rows]
-
-    def _check_length(self, number: int, length: int, new: int) -> None:
-        limit = self.config.context_length
-        used = length + (0 if self.encoder_decoder else new)
-        if limit is None or used <= limit:
-            return
-        raise ValueError(
-            f"prompt {number} has {length} tokens"
-            + ("" if self.encoder_decoder else f", with max_new_tokens {new} that is {used}")
-            + f", but the model was made for {limit} positions: shorten the prompt"
-            + ("" if self.encoder_decoder else " or lower max_new_tokens")
-        )
-
-    def _with_tokens(self, row: Settings) -> Settings:
-        for token in row.tokens():
-            if not 0 <= token < self.config.vocab_size:
-                raise ValueError(
-                    f"logit_bias, stop_tokens or banned holds the id {token}: the model has ids from 0 to "
-                    f"{self.config.vocab_size - 1}"
-                )
-        if row.stop:
-            self.text_vocabulary()
-        if not any(isinstance(item, str) for item in row.banned):
-            return row
-        encode = self.text_vocabulary().encode
-        banned: list[Any] = []
-        for item in row.banned:
-            banned += [encode(item), encode(" " + item)] if isinstance(item, str) else [item]
-        return dataclasses.replace(row, banned=banned)
-
-    def _answers(
-        self, prompts: Sequence[np.ndarray], settings: Sequence[Settings], batch_size: int
+        settings: Sequence[Settings],
+        batch_size: int,
+        adapter: str | Sequence[str] | None = None,
     ) -> list[tuple[Answer, str | None]]:
         """Answers in the order of the prompts, and their texts where they have stop texts."""
         check_batch_size(batch_size)
-        batches = answer_all(self.engine, prompts, settings, self.vocabulary, batch_size)
-        found = [answer for batch in batches for answer in batch]
+        found = []
+        for name, rows in adapters.rows_by_adapter(adapter, len(prompts), self.adapters).items():
+            engine = self.engine if name is None else self.with_adapter(name).engine
+            asked = [prompts[i] for i in rows], [settings[i] for i in rows]
+            for batch in answer_all(engine, *asked, self.vocabulary, batch_size):
+                for answer, text in batch:
+                    answer.request = rows[answer.request]
+                    found.append((answer, text))
         return sorted(found, key=lambda pair: (pair[0].request, pair[0].sample))
 
 
@@ -474,13 +438,15 @@ def load(
     mesh: Any = None,
     cache_dtype: str | None = None,
     quantize: str | None = None,
+    adapter: PathLike | None = None,
+    merge: bool = False,
 ) -> Model:
     """Loads a model for use.
 
     Args:
       path: a run folder (its newest whole checkpoint), a checkpoint folder inside one, a Hugging Face
         directory (config.json and safetensors of a family in models/families), a .gguf file, or a T5X
-        checkpoint of T5.
+        checkpoint of T5. Where an adapter was trained, its base is loaded with it.
       dtype: "float32" or "bfloat16", of parameters and computation; None: as trained, and float32 for a
         Hugging Face directory.
       mesh: what to spread the model over: a MeshConfig takes this process's devices, a jax Mesh its own;
@@ -489,25 +455,42 @@ def load(
         computes.
       quantize: "int8" rounds weights, and activations before products with them, to eight bits: a smaller
         and faster model that answers a little differently. None: not.
+      adapter: one for the model at the path, see `Model.add_adapter`; its name is "default".
+      merge: put the adapter into the weights, see `Model.merge`.
 
     Raises:
       ValueError: a value that is not among these.
-      UserError: there is no model at the path, it is damaged, or its vocabulary does not fit it.
+      UserError: there is no model at the path, it is damaged, or its vocabulary or the adapter does not fit
+        it.
     """
     if quantize not in (None, "int8"):
         raise ValueError(f"quantize is {quantize!r}: only 'int8' is known, or None")
     stored = storage.load(path, dtype, mesh)
-    params = stored.params
+    base, held = stored.params, {}
+    if stored.held is not None and adapter is not None:
+        raise UserError(
+            f"{path} has an adapter of its own, {stored.held.path}: give the base and the adapter, or add it "
+            "with add_adapter"
+        )
+    if stored.held is not None:
+        base, held = stored.base, {adapters.LOADED: stored.held}
+    if adapter is not None:
+        held[adapters.LOADED] = storage.load_adapter(adapter, stored, base, stored.path)
+    if merge and held:
+        one = held.pop(adapters.LOADED)
+        base = merge_adapters(stored.config, one.adapter.apply(stored.config, base, one.own))
     if quantize:
-        params = jax.jit(functools.partial(quantized, stored.config), donate_argnums=0)(params)
+        base = jax.jit(functools.partial(quantized, stored.config), donate_argnums=0)(base)
+    params = base
+    if held:
+        one = held[adapters.LOADED]
+        params = one.adapter.apply(stored.config, base, one.own)
     return Model(
-        stored.config,
-        params,
-        stored.vocabulary,
-        stored.ids,
-        mesh=stored.mesh,
+        *(stored.config, params, stored.vocabulary, stored.ids, stored.mesh),
         path=stored.path,
         cache_dtype=cache_dtype,
         family=stored.family,
         embedding=stored.embedding,
+        base=base,
+        held=held,
     )

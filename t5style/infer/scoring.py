@@ -1,9 +1,9 @@
-"""Scores of given targets, and embeddings: what Model.score and Model.embed do."""
+"""Logits, scores of given targets, and embeddings: what these methods of Model do."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -14,6 +14,39 @@ from t5style.infer.batch import bucket, check_batch_size, check_texts, pad_rows
 
 if TYPE_CHECKING:
     from t5style.infer.model import Model
+
+
+def logits(model: Model, tokens: Any, mask: Any, encoder_tokens: Any, encoder_mask: Any) -> jax.Array:
+    """See Model.logits."""
+    decoder, decoder_mask = model.check("tokens", tokens, mask)
+    batch = {"decoder_input_tokens": decoder, "decoder_segment_ids": decoder_mask}
+    if encoder_tokens is not None:
+        encoder, encoder_mask = model.check("encoder_tokens", encoder_tokens, encoder_mask)
+        if len(encoder) != len(decoder):
+            raise ValueError(f"encoder_tokens has {len(encoder)} rows but tokens {len(decoder)}")
+        batch |= {"encoder_input_tokens": encoder, "encoder_segment_ids": encoder_mask}
+    if model.encoder_decoder != (encoder_tokens is not None):
+        raise ValueError(
+            "this model is an encoder-decoder: give encoder_tokens"
+            if model.encoder_decoder
+            else "this model is decoder-only: it takes no encoder_tokens"
+        )
+    return model.run(programs.logits, batch)[: len(decoder), : decoder.shape[1]]
+
+
+def token_scores(model: Model, batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """See Model.token_scores."""
+    names = [
+        f"{side}_{what}"
+        for side in ("encoder", "decoder")
+        for what in ("input_tokens", "segment_ids", "positions")
+    ]
+    arrays = {name: np.asarray(batch[name]) for name in [*names, "decoder_target_tokens"] if name in batch}
+    rows, length = arrays["decoder_target_tokens"].shape
+    for name in [name for name in arrays if name.endswith("input_tokens")]:
+        arrays.setdefault(name.replace("input_tokens", "segment_ids"), np.ones_like(arrays[name]))
+    scores, correct = jax.device_get(model.run(programs.token_scores, arrays))
+    return scores[:rows, :length], correct[:rows, :length]
 
 
 def score(

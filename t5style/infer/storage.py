@@ -17,9 +17,11 @@ from jax.sharding import Mesh
 from t5style.corpus import vocabulary as vocabulary_lib
 from t5style.corpus.vocabulary import SentencePieceVocabulary, TokenizerVocabulary, Vocabulary
 from t5style.infer import embedding, gguf_vocabulary
+from t5style.infer.adapters import Adapted, Held
 from t5style.infer.embedding import Embedding
 from t5style.infer.ids import TokenIds, token_ids
-from t5style.models import adapters, convert, t5x
+from t5style.models import adapters, convert, peft, t5x
+from t5style.models.adapters import Adapter
 from t5style.models.config import DTYPES, TransformerConfig
 from t5style.models.gguf import GgufFile
 from t5style.models.gguf_tables import gguf_config, load_gguf
@@ -31,7 +33,7 @@ from t5style.train import checkpoint
 from t5style.train import state as state_lib
 from t5style.train.state import Trained
 
-MODEL_FILE, VOCABULARY_FOLDER, CHECKPOINTS = "model.json", "vocabulary", "checkpoints"
+MODEL_FILE, VOCABULARY_FOLDER, CHECKPOINTS, IDS = "model.json", "vocabulary", "checkpoints", "token_ids.json"
 # In the order they are looked for. A SentencePiece model comes first: reading it needs no optional library.
 TOKENIZER_FILES = ("vocabulary.json", "spiece.model", "tokenizer.model", "tokenizer.json")
 T5_EXTRA_IDS = 100  # transformers' default; spiece.model does not hold the sentinels
@@ -41,7 +43,8 @@ T5_EXTRA_IDS = 100  # transformers' default; spiece.model does not hold the sent
 class Stored:
     """What a model is made of, as it lies on disk; `ids` None: those of the vocabulary; `family`: the
     model_type of the Hugging Face directory it comes from, None for others; `embedding`: what that directory
-    says about making embeddings, None for nothing.
+    says about making embeddings, None for nothing; `held`: the adapter that is in `params`, and `base` then
+    what these are without it.
     """
 
     config: TransformerConfig
@@ -52,6 +55,8 @@ class Stored:
     path: str = ""
     family: str | None = None
     embedding: Embedding | None = None
+    base: Any = None
+    held: Held | None = None
 
     @property
     def encoder_decoder(self) -> bool:
@@ -83,6 +88,14 @@ def load(path: PathLike, dtype: Any = None, mesh: Mesh | MeshConfig | None = Non
         return Stored(config, params, _tokenizer(folder, config), mesh=mesh, path=os.fspath(folder))
     if (folder / "config.json").exists():
         return _load_huggingface(folder, name or "float32", mesh)
+    if peft.is_adapter(folder):
+        below = peft.base_name(folder)
+        if below is None or not epath.Path(below).exists():
+            raise UserError(
+                f"{folder} is an adapter of PEFT's for the model {below!r}, which is not here: give that "
+                "model, and adapter=..."
+            )
+        return with_adapter(load(below, dtype, mesh), folder, below)
     holds = sorted(
         entry.name + ("/" if entry.is_dir() else "") for entry in folder.iterdir() if entry.name[0] != "."
     )
@@ -111,7 +124,9 @@ def describe(path: PathLike) -> Stored:
     if (run := _run_folder(folder)) is not None:
         config = TransformerConfig.from_json((run / MODEL_FILE).read_text())
         held = run / VOCABULARY_FOLDER
-        return Stored(config, None, vocabulary_lib.load(held) if held.exists() else None, path=place)
+        words = vocabulary_lib.load(held) if held.exists() else None
+        ids = _run_ids(run) or (token_ids(words) if words is not None else None)
+        return Stored(config, None, words, ids, path=place)
     if not (folder / "config.json").exists():
         raise UserError(
             f"there is no model at {place!r}: give a run folder, a checkpoint, a Hugging Face directory"
@@ -152,6 +167,14 @@ def _run_folder(folder: epath.Path) -> epath.Path | None:
     return None
 
 
+def _run_ids(run: epath.Path) -> TokenIds | None:
+    """Special ids that a tuned run has from its parent; None for the vocabulary's."""
+    if not (run / IDS).exists():
+        return None
+    fields = _read_json(run / IDS)
+    return TokenIds(**{**fields, "eos": tuple(fields["eos"])})
+
+
 def _load_run(folder: epath.Path, run: epath.Path, dtype: str | None, mesh: Mesh | None) -> Stored:
     try:
         config = TransformerConfig.from_json((run / MODEL_FILE).read_text())
@@ -159,55 +182,103 @@ def _load_run(folder: epath.Path, run: epath.Path, dtype: str | None, mesh: Mesh
         raise UserError(f"{run / MODEL_FILE}: {error}") from None
     if dtype is not None:
         config = config.replace(dtype=dtype, param_dtype=dtype)
-    params, family = _load_parameters(folder, run, config, dtype, mesh)
     vocabulary = None
     if (run / VOCABULARY_FOLDER).exists():
         vocabulary = vocabulary_lib.load(run / VOCABULARY_FOLDER)
-    return Stored(config, params, vocabulary, mesh=mesh, path=os.fspath(folder), family=family)
-
-
-def _load_parameters(
-    folder: epath.Path, run: epath.Path, config: TransformerConfig, dtype: str | None, mesh: Mesh | None
-) -> tuple[Any, str | None]:
-    """A run's parameters, and the family of its base where it has trained an adapter. Heads beside the
-    model's own parameters are left out.
-    """
-    adapter, base, family = None, None, None
-    if (run / adapters.FILE).exists():
-        described = _read_json(run / adapters.FILE)
-        adapter = adapters.described(described)
-        stored = _base(described["base"], run, config, dtype, mesh)
-        base, family = stored.params, stored.family
-        if not adapters.belongs(described, base):
-            raise UserError(
-                f"{run} is an adapter for the model that was at {described['base']}, but another one is "
-                "there "
-                "now (its parameters differ): put the old one back, or train the adapter on the new one."
-            )
-    heads = tuple(checkpoint.read_metadata(checkpoint.find(folder)).get("heads", ()))
-    trained = Trained(config, adapter, heads)
-    abstract = state_lib.abstract_params(trained)
-    shardings = None if mesh is None else param_shardings(state_lib.logical_axes(trained), abstract, mesh)
-    own = checkpoint.restore_params(folder, shardings, dtype, abstract)
-    own = {name: value for name, value in own.items() if name not in heads}
-    return (own if adapter is None else adapter.apply(config, base, own)), family
-
-
-def _base(
-    path: str, run: epath.Path, config: TransformerConfig, dtype: str | None, mesh: Mesh | None
-) -> Stored:
-    """The model that the adapter in a run folder belongs to."""
+    stored = Stored(config, None, vocabulary, _run_ids(run), mesh, os.fspath(folder))
+    if not (run / adapters.FILE).exists():
+        return dataclasses.replace(stored, params=_trained(folder, config, None, dtype, mesh))
+    path = adapter_base(run)
     if not epath.Path(path).exists():
         raise UserError(
             f"{run} is an adapter for the model {path}, which is not there any more: put it back, or correct "
             f"'base' in {run / adapters.FILE}"
         )
-    stored = load(path, dtype or config.param_dtype, mesh)
-    if abstract_params(stored.config) != abstract_params(config):
+    below = load(path, dtype or config.param_dtype, mesh)
+    if abstract_params(below.config) != abstract_params(config):
         raise UserError(
             f"{run} is an adapter for another model than {path}: its parameters have other shapes"
         )
-    return stored
+    # The adapter's run may have changed fields that are not of the parameters.
+    return with_adapter(dataclasses.replace(stored, params=below.params, family=below.family), folder, path)
+
+
+def _trained(
+    folder: epath.Path,
+    config: TransformerConfig,
+    adapter: Adapter | None,
+    dtype: str | None,
+    mesh: Mesh | None,
+) -> Any:
+    """What a run has trained: the model's parameters or its adapter's. Heads beside them are left out."""
+    heads = tuple(checkpoint.read_metadata(checkpoint.find(folder)).get("heads", ()))
+    trained = Trained(config, adapter, heads)
+    abstract = state_lib.abstract_params(trained)
+    shardings = None if mesh is None else param_shardings(state_lib.logical_axes(trained), abstract, mesh)
+    own = checkpoint.restore_params(folder, shardings, dtype, abstract)
+    return {name: value for name, value in own.items() if name not in heads}
+
+
+# --------------------------------------------------------------------------------------------------- adapters
+
+
+def adapter_base(run: epath.Path) -> str:
+    """Where the base of the adapter in a run folder is, as its adapter.json says."""
+    return str(_description(run)["base"])
+
+
+def _description(run: epath.Path) -> dict[str, Any]:
+    described = _read_json(run / adapters.FILE)
+    if lacking := [name for name in ("type", "settings", "base", "probes") if name not in described]:
+        raise UserError(f"{run / adapters.FILE} lacks {lacking[0]!r}: it is damaged")
+    return described
+
+
+def with_adapter(stored: Stored, path: PathLike, place: str) -> Stored:
+    """A model with an adapter in its parameters, which were loaded from `place`."""
+    held = load_adapter(path, stored, stored.params, place)
+    params = held.adapter.apply(stored.config, stored.params, held.own)
+    return dataclasses.replace(stored, params=params, base=stored.params, held=held)
+
+
+def load_adapter(path: PathLike, model: Stored | Adapted, base: Any, place: str) -> Held:
+    """An adapter for a model.
+
+    Args:
+      path: a run folder or checkpoint in which it was trained, or a directory of PEFT's.
+      model: the model.
+      base: its parameters without an adapter.
+      place: where these come from.
+
+    Raises:
+      UserError: there is none, it is damaged, or it belongs to another model.
+    """
+    folder, mesh = epath.Path(path), model.mesh
+    if peft.is_adapter(folder):
+        adapter, own = peft.load(folder, model.config, model.family)
+        if mesh is not None:
+            own = jax.device_put(own, param_shardings(adapter.axes(model.config), own, mesh))
+        return Held(adapter, own, os.fspath(folder))
+    run = _run_folder(folder) if folder.exists() else None
+    if run is None or not (run / adapters.FILE).exists():
+        raise UserError(
+            f"there is no adapter at {os.fspath(path)!r}: give a run folder in which one was trained "
+            f"({adapters.FILE}), or a PEFT directory ({peft.CONFIG})"
+        )
+    described = _description(run)
+    try:
+        adapter = adapters.described(described)
+    except ValueError as error:
+        raise UserError(f"{run}: {error}") from None
+    if not adapters.belongs(described, base):
+        theirs = described["base"]
+        found = "another one is there now" if place == theirs else f"this is the one at {place}"
+        raise UserError(
+            f"{run} is an adapter for the model that was at {theirs}, but {found} (its parameters differ): "
+            "load the model that it was trained on, or train the adapter on this one"
+        )
+    own = _trained(folder, model.config, adapter, None, mesh)
+    return Held(adapter, own, os.fspath(folder))
 
 
 # ----------------------------------------------------------------------------------- Hugging Face directories
