@@ -21,7 +21,7 @@ from typing import Any
 
 from etils import epath
 
-from t5style.run_dir import PathLike, UserError
+from t5style.run_dir import PathLike, UserError, atomic_write
 
 SECONDS = 10.0  # that a template may take for one conversation
 DEFAULT, TOOL_USE = "default", "tool_use"
@@ -292,6 +292,20 @@ def of(path: PathLike) -> dict[str, ChatTemplate]:
         if folder.is_dir() and (found := read(folder)):
             return found
     return {}
+
+
+def save(templates: Mapping[str, ChatTemplate], folder: PathLike) -> None:
+    """Writes templates so that `read` finds them, with their texts of special tokens (of the default one)."""
+    path = epath.Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    for name, template in templates.items():
+        file = path / "chat_template.jinja"
+        if name != DEFAULT:
+            file = path / "additional_chat_templates" / f"{name}.jinja"
+            file.parent.mkdir(exist_ok=True)
+        atomic_write(file, template.source)
+    variables = dict(next(iter(templates.values())).variables) if templates else {}
+    atomic_write(path / "special_tokens_map.json", json.dumps(variables, indent=1) + "\n")
 
 
 def choose(templates: Mapping[str, ChatTemplate], tools: bool = False) -> ChatTemplate | None:

@@ -14,6 +14,7 @@ from t5style.data.objectives import Objective, objective_for
 from t5style.data.pipeline import BatchSource
 from t5style.data.task import Mixture, Task
 from t5style.data.token_store import TokenStore
+from t5style.infer import chat_template, storage
 from t5style.infer.chat import located
 from t5style.models import adapters
 from t5style.models.adapters import Adapter
@@ -24,6 +25,7 @@ from t5style.train import state as state_lib
 from t5style.train.pretrain import Figures, Pretrain
 from t5style.train.program import TrainingProgram
 from t5style.tune import parent
+from t5style.tune.examples import TEMPLATES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +126,16 @@ class Finetune(Pretrain):
 
     def _describe(self, run: run_dir.RunDir, source: BatchSource, frozen: Any) -> None:
         super()._describe(run, source, frozen)
+        assert self.init_from is not None
+        # What the parent's texts begin and end with, and how its chats look; a template of the data goes first.
+        ids = storage.describe(self.init_from).ids
+        if ids is not None:
+            run_dir.atomic_write(run.path / storage.IDS, json.dumps(dataclasses.asdict(ids)) + "\n")
+        for place in (*(f"{task.store}/{TEMPLATES}" for task in source.tasks), self.init_from):
+            if templates := chat_template.of(place):
+                chat_template.save(templates, run.path / "vocabulary")
+                break
         if self.adapter is not None:
-            assert self.init_from is not None
             described = adapters.describe(self.adapter, frozen["base"], self.init_from)
             run_dir.atomic_write(run.path / adapters.FILE, json.dumps(described, indent=1) + "\n")
 
