@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from t5style.data.pipeline import BatchSource, empty_batch
@@ -31,7 +32,7 @@ from t5style.train.pretrain import Figures
 from t5style.train.program import TrainingProgram
 from t5style.train.step import LanguageModelLoss
 from t5style.tune import parent as parent_lib
-from t5style.tune import teacher_logits
+from t5style.tune import teacher_logits, write_model
 from t5style.tune.divergences import divergence, with_rest
 from t5style.tune.supervised import Finetune
 
@@ -232,6 +233,17 @@ class Distill(Finetune):
         abstract = state_lib.abstract_params(self.teacher_model)
         axes = state_lib.logical_axes(self.teacher_model)
         shardings = rules.param_shardings(axes, abstract, mesh, self.rules)
+        if write_model.has_adapter(self.teacher):
+            stored = write_model.read(self.teacher)
+            if stored.vocabulary is not None and stored.vocabulary != source.vocabulary:
+                raise UserError(
+                    f"the teacher {self.teacher} was trained with the vocabulary "
+                    f"{stored.vocabulary.fingerprint}, this "
+                    f"run's token store has {source.vocabulary.fingerprint}: the same ids would mean other "
+                    "words"
+                )
+            cast = jax.tree.map(lambda leaf, like: np.asarray(leaf, like.dtype), stored.params, abstract)
+            return jax.tree.map(jax.device_put, cast, shardings)
         try:
             found = parent_lib.load(self.teacher, self.teacher_model, abstract, shardings, source.vocabulary)
         except UserError as error:

@@ -11,10 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from t5style import run_dir
 from t5style.infer import storage
 from t5style.infer.ids import TokenIds, token_ids
+from t5style.models import adapters
 from t5style.models.config import TransformerConfig
 from t5style.models.params import abstract_params
 from t5style.parallel.rules import path_name
@@ -28,6 +30,12 @@ def check_format(name: str) -> None:
     """Raises ValueError for a format that there is not."""
     if name not in FORMATS:
         raise ValueError(f"format is {name!r}; it must be one of {', '.join(FORMATS)}.")
+
+
+def has_adapter(path: str) -> bool:
+    """Whether what lies there is a run, or a checkpoint of one, that has trained an adapter."""
+    place = epath.Path(path)
+    return any((folder / adapters.FILE).exists() for folder in (place, place.parent, place.parent.parent))
 
 
 def read(path: str) -> storage.Stored:
