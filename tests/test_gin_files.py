@@ -41,6 +41,7 @@ SAMPLES = {
     "RUN_DIR": "runs/test",
     "INIT_FROM": "'runs/small'",
     "MODEL": "'runs/small'",
+    "DATA": "['data.jsonl']",
     "STORE": "'tokens'",
     "SUPERVISED_STORE": "'pairs'",
 }
@@ -71,7 +72,6 @@ def compositions() -> list[list[str]]:
         if folder in PLACES and folder != "runs":
             found.append(pretraining(**{folder: file}))
         if folder == "data":
-            found.append(pretraining(data=file, runs="gin/runs/finetune.gin"))
             found.append([file, "gin/runs/replay.gin"])
             if file != "gin/data/mixture.gin":
                 found.append([file, "gin/runs/evaluate.gin"])

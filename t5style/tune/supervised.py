@@ -127,7 +127,7 @@ class Finetune(Pretrain):
     def _describe(self, run: run_dir.RunDir, source: BatchSource, frozen: Any) -> None:
         super()._describe(run, source, frozen)
         assert self.init_from is not None
-        # What the parent's texts begin and end with, and how its chats look; a template of the data goes first.
+        # What the parent's texts begin and end with, and how its chats look: a template of the data first.
         ids = storage.describe(self.init_from).ids
         if ids is not None:
             run_dir.atomic_write(run.path / storage.IDS, json.dumps(dataclasses.asdict(ids)) + "\n")

@@ -1,4 +1,4 @@
-"""Conversations and answers to compare as batches: laid out by hand, cut, packed, and the same for any hosts."""
+"""Conversations and answers to compare as batches: laid out by hand, cut, packed, the same for any hosts."""
 
 from __future__ import annotations
 
