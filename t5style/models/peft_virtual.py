@@ -58,8 +58,8 @@ def read(
 
 
 def _taken(layers: int) -> np.ndarray:
-    """Which pair of keys and values PEFT 0.21 gives each layer of a decoder with cross-attention: it hands out
-    all pairs twice in a row, two to a layer, of which the second, for cross-attention, is then dropped.
+    """Which pair of keys and values PEFT 0.21 gives each layer of a decoder with cross-attention: it hands
+    out all pairs twice in a row, two to a layer, of which the second, for cross-attention, is then dropped.
     """
     return 2 * np.arange(layers) % layers
 
@@ -95,8 +95,8 @@ def planned(
             pairs[:, taken] = wanted
             if not np.array_equal(pairs[:, taken], wanted):
                 raise UserError(
-                    "PEFT gives layers of an encoder-decoder whose decoder has an even number of them the same "
-                    "prefix in pairs, and here they differ: this prefix cannot be saved for it"
+                    "PEFT gives two layers each of an encoder-decoder with an even number of them the same "
+                    "prefix, and here they differ: this prefix cannot be saved for it"
                 )
         value = pairs.transpose(2, 1, 0, 3, 4).reshape(adapter.length, -1)
         theirs["num_transformer_submodules"] = 2 if config.encoder_layers else 1
