@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from t5style.models.config import TransformerConfig
+from t5style.parallel import rules
 from t5style.train import likelihood
 from t5style.train.losses import Metrics, router_losses
 from t5style.tune import advantages, policy_losses
@@ -179,23 +180,56 @@ class Outputs:
     routers: Any
 
 
-def outputs(config: TransformerConfig, params: Any, batch: Batch, temperature: float) -> Outputs:
-    """See Outputs. Without dropout, as the sampler: the ratio of the policy to itself is 1."""
+def outputs(
+    config: TransformerConfig, params: Any, batch: Batch, temperature: float, learns_entropy: bool = False
+) -> Outputs:
+    """See Outputs; 0 where loss weights are 0. Without dropout, as the sampler: the ratio of the policy to
+    itself is 1. learns_entropy: the entropies have a gradient.
+    """
     hidden, routers = likelihood.hidden_states(config, params, batch, None)  # [rows, length, embed]
     shape = hidden.shape[:2]
-    logits = likelihood.logits(config, params, hidden) / temperature  # [rows · length, vocab]
-    targets = batch["decoder_target_tokens"].reshape(-1)  # [rows · length]
+    flat = hidden.reshape(-1, hidden.shape[-1])  # [rows · length, embed]
     values = None
     if VALUE_HEAD in params:
         head = params[VALUE_HEAD]
-        flat = hidden.reshape(-1, hidden.shape[-1]).astype(jnp.float32)  # [rows · length, embed]
-        values = (flat @ head["kernel"] + head["bias"]).reshape(shape)
-    return Outputs(
-        likelihood.of_targets(logits, targets).reshape(shape),
-        policy_losses.entropy(logits).reshape(shape),
-        values,
-        routers,
+        values = (flat.astype(jnp.float32) @ head["kernel"] + head["bias"]).reshape(shape)
+
+    def told(hidden: jax.Array, targets: jax.Array) -> jax.Array:
+        """Log-likelihoods and entropies, [2, positions]."""
+        logits = likelihood.logits(config, params, hidden) / temperature  # [positions, vocab]
+        kept = logits if learns_entropy else jax.lax.stop_gradient(logits)
+        return jnp.stack([likelihood.of_targets(logits, targets), policy_losses.entropy(kept)])
+
+    found = _of_wanted(
+        told, flat, batch["decoder_target_tokens"].reshape(-1), batch["decoder_loss_weights"].reshape(-1) > 0
     )
+    return Outputs(found[0].reshape(shape), found[1].reshape(shape), values, routers)
+
+
+def _of_wanted(told: Any, hidden: jax.Array, targets: jax.Array, wanted: jax.Array) -> jax.Array:
+    """`told` of the positions that are wanted, [2, positions], 0 of the others: as likelihood.of_wanted, the
+    logits of few positions are in memory at once, and prompts and padding have none.
+    """
+    count, piece = len(targets), likelihood.PIECE
+    mesh = rules.current_mesh()
+    if count <= piece or (mesh is not None and mesh.size > 1):
+        return jnp.where(wanted, told(hidden, targets), 0.0)
+    order = jnp.argsort(~wanted, stable=True)  # the wanted ones first
+    pieces = -(-count // piece)
+    places = jnp.pad(order, (0, pieces * piece - count)).reshape(pieces, piece)
+    many = wanted.sum()
+
+    @jax.checkpoint
+    def one(number: jax.Array, places: jax.Array) -> jax.Array:
+        return jax.lax.cond(
+            number * piece < many,
+            lambda: told(hidden[places], targets[places]),
+            lambda: jnp.zeros((2, piece), jnp.float32),
+        )
+
+    parts = jax.lax.map(lambda item: one(*item), (jnp.arange(pieces), places))  # [pieces, 2, piece]
+    flat = parts.swapaxes(0, 1).reshape(2, -1)[:, :count]
+    return jnp.where(wanted, jnp.zeros((2, count)).at[:, order].set(flat), 0.0)
 
 
 def log_likelihoods(
@@ -234,7 +268,7 @@ class PolicyLoss:
     ) -> tuple[jax.Array, jax.Array, Metrics]:
         """See train.step.Loss."""
         method, mask = self.method, batch["decoder_loss_weights"]
-        found = outputs(self.config, params, batch, self.temperature)
+        found = outputs(self.config, params, batch, self.temperature, bool(method.entropy))
         new, old = found.log_likelihoods, batch["old_log_likelihoods"]
         assert method.ratio is not None and method.clip_low is not None  # noqa: PT018
         assert method.aggregation is not None and method.kl_estimator is not None  # noqa: PT018

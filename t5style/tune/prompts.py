@@ -17,6 +17,7 @@ from t5style.corpus.vocabulary import Vocabulary
 from t5style.data.random import seed_of
 from t5style.data.task import Task
 from t5style.data.token_store import TokenStore, TokenStoreWriter
+from t5style.infer import chat_tokens
 from t5style.run_dir import UserError
 
 FEATURE = "prompt"
@@ -119,6 +120,20 @@ class PromptSource:
         if self._adds_start:  # as rows of training begin (data.pipeline.lay_out)
             tokens = np.concatenate([[self.vocabulary.bos_id], tokens]).astype(np.int32)
         return Prompt(example, tokens, text, self.records[example])
+
+    @functools.cached_property
+    def _special(self) -> dict[int, str]:
+        return {token: name for name, token in chat_tokens.special_tokens(self.vocabulary).items()}
+
+    def _spelled(self, tokens: np.ndarray) -> str:
+        """The text with special tokens spelled out, as a chat template writes them."""
+        special = np.isin(tokens, list(self._special)) if self._special else np.zeros(len(tokens), bool)
+        parts, start = [], 0
+        for place in [*np.flatnonzero(special).tolist(), len(tokens)]:
+            parts.append(self.vocabulary.decode(tokens[start:place].tolist()) if place > start else "")
+            parts.append(self._special[int(tokens[place])] if place < len(tokens) else "")
+            start = place + 1
+        return "".join(parts)
 
     def drawn(self, start: int, count: int, stream: Sequence[int | str] = ()) -> list[Prompt]:
         """Prompts number start, start + 1, … of an endless order: a new permutation for every epoch.

@@ -36,11 +36,13 @@ class Sampling:
       max_new_tokens: of an answer, the token that ends it included.
       temperature: what the logits are divided by, in training too. At 1 the policy is the model itself.
       batch_size: answers that are decoded together.
+      stop_tokens: ids that end an answer; None: the vocabulary's end of sequence.
     """
 
     max_new_tokens: int = 128
     temperature: float = 1.0
     batch_size: int = 128
+    stop_tokens: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "temperature", "batch_size"):
@@ -103,6 +105,7 @@ def draw(
             seed=seed_of(seed, place) % 2**32,
             logprobs=0,
             tempered=True,
+            stop_tokens=how.stop_tokens,
         )
         for place in range(len(prompts))
     ]
@@ -113,7 +116,7 @@ def greedy(
     engine: Engine, prompts: Sequence[Prompt], vocabulary: Vocabulary, how: Sampling
 ) -> list[list[Sample]]:
     """To each prompt one answer, of the most probable token at each place."""
-    settings = [Settings(max_new_tokens=how.max_new_tokens)] * len(prompts)
+    settings = [Settings(max_new_tokens=how.max_new_tokens, stop_tokens=how.stop_tokens)] * len(prompts)
     return _answered(engine, prompts, vocabulary, settings, how.batch_size)
 
 

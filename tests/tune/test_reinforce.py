@@ -12,6 +12,7 @@ from t5style.infer.engine import Engine
 from t5style.infer.ids import token_ids
 from t5style.models import params
 from t5style.run_dir import UserError
+from t5style.train import likelihood
 from t5style.tune import policy, rollouts
 from t5style.tune.policy import Method
 from t5style.tune.policy_losses import AdaptiveKL
@@ -33,7 +34,7 @@ def made(tmp_path_factory):
 
 @pytest.mark.parametrize("decoder_only", [True, False])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_sampler_and_trainer_agree(decoder_only, temperature):
+def test_sampler_and_trainer_agree(decoder_only, temperature, monkeypatch):
     config = tiny_prompts.model(decoder_only)
     whole = params.init_params(config, jax.random.key(2))
     ids = token_ids(VOCABULARY)
@@ -52,7 +53,11 @@ def test_sampler_and_trainer_agree(decoder_only, temperature):
     lengths = {"decoder": 12} if decoder_only else {"encoder": 8, "decoder": 6}
     batch = rollouts.lay_out(samples, lengths, ids.start)
     found = policy.log_likelihoods(config, whole, batch, temperature)["log_likelihoods"]
+    monkeypatch.setattr(likelihood, "PIECE", 16)
+    by_pieces = policy.outputs(config, whole, batch, temperature)
     told = rollouts.of_tokens(samples, "sampler_log_likelihoods", lengths)
+    np.testing.assert_allclose(by_pieces.log_likelihoods, found, atol=1e-6)
+    assert (np.asarray(by_pieces.entropy) > 0).sum() == (told != 0).sum()
     assert (told != 0).sum() == sum(len(sample.tokens) for sample in samples)
     np.testing.assert_allclose(found, told, atol=1e-5)
     again = rollouts.draw(Engine(config, whole, ids), prompts, VOCABULARY, how, 4, seed=5)
@@ -140,19 +145,40 @@ def test_what_a_rollout_says(whole):
     ].keys()
 
 
-@pytest.mark.parametrize(
-    "method", [Method("dapo", kl=0.01), Method("rloo"), Method("gspo", clip_low=0.2)], ids=lambda m: m.name
-)
-def test_it_learns(method, made, tmp_path):
-    figures = run(tmp_path / "run", job(*made, method=method, prompts=8, group=8, steps=25, log_every=100))
-    lines = (tmp_path / "run" / "rollouts" / "step_00000024.jsonl").read_text().splitlines()
-    first = (tmp_path / "run" / "rollouts" / "step_00000000.jsonl").read_text().splitlines()
+def test_it_learns(made, tmp_path):
+    method = Method("dapo", kl=0.01, entropy=1e-3)
+    figures = run(tmp_path / "run", job(*made, method=method, prompts=8, group=8, steps=20, log_every=100))
     late, early = (
-        np.mean([json.loads(row)["rewards"]["doubled"] for row in rows]) for rows in (lines, first)
+        np.mean([json.loads(row)["rewards"]["doubled"] for row in (tmp_path / "run" / name).open()])
+        for name in ("rollouts/step_00000019.jsonl", "rollouts/step_00000000.jsonl")
     )
     assert early < 0.3
     assert late > early + 0.25
     assert figures["eval/prompts/reward"] > figures["before/eval/prompts/reward"]
+
+
+@pytest.mark.parametrize("name", ["grpo", "gspo", "rloo", "reinforce_pp"])
+def test_advantages_of_methods(name):
+    """Better answers have higher advantages; what does not count, or is no answer, has none."""
+    rewards, keep = np.array([[1.0, 0.0, 5.0], [0.0, 1.0, 0.5]]), np.ones((2, 3), bool)
+    keep[0, 2] = False
+    mask = np.zeros((6, 5))
+    mask[:, 1:4] = 1
+    mask[2] = 0  # is not learnt from
+    far = np.zeros(mask.shape)
+    found, _ = Method(name, gamma=1.0).advantages(rewards, keep, mask, far, far, 0.1)
+    assert (found[mask == 0] == 0).all()
+    assert (found[0, 1:4] > found[1, 1:4]).all()
+    assert (found[4, 1:4] > found[5, 1:4]).all()
+    if Method(name).kl_in == "reward":  # what went far from the reference is worth less
+        far[4] = 50.0
+        assert (Method(name).advantages(rewards, keep, mask, far, far, 0.1)[0][4, 1:4] < found[5, 1:4]).all()
+
+
+def test_answers_that_were_cut(made):
+    made_job = job(*made, overlong="mask")
+    assert made_job.overlong == "mask"
+    assert [rollouts.soft_overlong(tokens, 10, 4) for tokens in (3, 6, 8, 10, 12)] == [0, 0, -0.5, -1, -1]
 
 
 def test_refusals(made, tmp_path):
