@@ -7,9 +7,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from etils import epath
 from jax.sharding import Mesh
 
-from t5style import run_dir
+from t5style import console, run_dir
 from t5style.data.objectives import Objective, objective_for
 from t5style.data.pipeline import BatchSource
 from t5style.data.task import Mixture, Task
@@ -111,7 +112,12 @@ class Finetune(Pretrain):
         Pretrain.explain_sharding(self.resolved())
 
     def dry_run(self, run: run_dir.RunDir) -> None:
-        """See Pretrain.dry_run."""
+        """See Pretrain.dry_run; what an earlier stage has still to make cannot be asked."""
+        assert self.init_from is not None
+        for place in (located(self.init_from), self.store):
+            if place is not None and not epath.Path(place).exists():
+                console.say(f"    {place} is not there yet: what this costs is known once it is")
+                return
         Pretrain.dry_run(self.resolved(), run)
 
     def __call__(self, run: run_dir.RunDir) -> Figures:
