@@ -4,9 +4,11 @@ recognised record by record.
     chat      messages [{role, content}]; conversations [{from, value}] (ShareGPT); instruction, input, output
               (Alpaca); instruction, context, response (Dolly); instruction, instances (self-instruct);
               prompt, inputs or question with completion, response, output, targets or answer; rows of a tree
-              (OASST: message_id, parent_id, role, text), of which each answer is one conversation
+              (OASST: message_id, parent_id, role, text), or whole trees (prompt with text, role, replies), of
+              which each answer is one conversation
     pairs     prompt, chosen, rejected, as texts or messages; chosen and rejected transcripts with
-              "\\n\\nHuman: " and "\\n\\nAssistant: " (Anthropic's HH), whose common turns are the prompt
+              "\\n\\nHuman: " and "\\n\\nAssistant: " (Anthropic's HH), whose common turns are the prompt;
+              also margin, or score_chosen and score_rejected
     unpaired  prompt, completion, label (true or false)
     prompts   a prompt, inputs, question or messages, with whatever else a reward looks at
 """
@@ -18,6 +20,7 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -45,6 +48,7 @@ class Example:
       messages: the conversation; of pairs, unpaired and prompts up to the answer.
       answers: of pairs the chosen and the rejected answer, of unpaired the answer; else empty.
       desirable: of unpaired whether the answer is.
+      margin: of pairs how much better the chosen answer is; None where the record does not say.
       record: of prompts what rewards look at.
     """
 
@@ -52,6 +56,7 @@ class Example:
     messages: tuple[Message, ...]
     answers: tuple[str, ...] = ()
     desirable: bool = True
+    margin: float | None = None
     record: Record = dataclasses.field(default_factory=dict)
 
 
@@ -68,7 +73,8 @@ class Rejected:
 
 
 def records(paths: Sequence[str]) -> Iterator[tuple[str, int, Record | str]]:
-    """(file, line or row counted from 1, the record or why there is none) of JSON lines and Parquet files.
+    """(file, line or row counted from 1, the record or why there is none) of JSON lines, lists in .json files
+    and Parquet files.
 
     Raises:
       UserError: there is no file, or one of another kind.
@@ -96,6 +102,12 @@ def _json_lines(path: str) -> Iterator[tuple[str, int, Record | str]]:
 
             file = io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw))
         try:
+            if path.lower().endswith((".json", ".json.gz")):
+                whole = file.read()
+                if whole.lstrip()[:1] == b"[":
+                    yield from _json_list(path, whole)
+                    return
+                file = whole.splitlines()
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue
@@ -107,6 +119,15 @@ def _json_lines(path: str) -> Iterator[tuple[str, int, Record | str]]:
                 yield path, number, record if isinstance(record, dict) else "not a JSON object"
         except (OSError, EOFError) as error:
             raise UserError(f"{path} cannot be read to its end: {error}") from error
+
+
+def _json_list(path: str, content: bytes) -> Iterator[tuple[str, int, Record | str]]:
+    try:
+        records = json.loads(content)
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    for number, record in enumerate(records, start=1):
+        yield path, number, record if isinstance(record, dict) else "not a JSON object"
 
 
 def _parquet(path: str) -> Iterator[tuple[str, int, Record | str]]:
@@ -131,6 +152,8 @@ def kind_of(record: Record) -> str | None:
         return "unpaired"
     if {"messages", "conversations", "instances", "message_id"} & record.keys():
         return "chat"
+    if _is_tree(record):
+        return "chat"
     if _first(record, PROMPTS) is None:
         return None
     return "prompts" if _first(record, COMPLETIONS) is None else "chat"
@@ -146,6 +169,8 @@ def example(record: Record, kind: str, id: str) -> list[Example] | str:
 
 
 def _chat(record: Record, id: str) -> list[Example]:
+    if _is_tree(record):
+        return [made for made in tree(_rows(record["prompt"])) if isinstance(made, Example)]
     if "instances" in record:  # self-instruct
         return [
             Example(
@@ -191,7 +216,7 @@ def _pairs(record: Record, id: str) -> list[Example]:
         messages = _asking(record["prompt"])
     if _text(chosen, "chosen").strip() == _text(rejected, "rejected").strip():
         raise ValueError("chosen and rejected are the same")
-    return [Example(id, messages, (chosen, rejected))]
+    return [Example(id, messages, (chosen, rejected), margin=_margin(record))]
 
 
 def _unpaired(record: Record, id: str) -> list[Example]:
@@ -218,17 +243,56 @@ def _prompts(record: Record, id: str) -> list[Example]:
 _READERS = {"chat": _chat, "pairs": _pairs, "unpaired": _unpaired, "prompts": _prompts}
 
 
-def tree(rows: Sequence[Record]) -> Iterator[Example]:
-    """Conversations of rows that are messages of trees (OASST): one for each answer, with all before it."""
+def tree(rows: Sequence[Record]) -> Iterator[Example | Rejected]:
+    """Conversations of rows that are messages of trees (OASST): one for each answer, with all before it; and
+    the answers of which something before is missing, under their ids.
+    """
     by_id = {row["message_id"]: row for row in rows}
     for row in rows:
-        messages: list[Message] = []
-        at: Any = row
-        while at is not None and len(messages) < 1000:
-            messages.append({"role": _role(at["role"]), "content": _text(at["text"], "text")})
+        path: list[Record] = []
+        at: Record | None = row
+        while at is not None and len(path) <= len(rows):  # ids that run in a circle end too
+            path.append(at)
             at = by_id.get(at.get("parent_id"))
-        if messages[0]["role"] == "assistant" and len(messages) > 1:
-            yield Example(str(row["message_id"]), tuple(messages[::-1]))
+        messages = tuple({"role": _role(each["role"]), "content": each["text"]} for each in reversed(path))
+        if messages[-1]["role"] != "assistant":
+            continue
+        id = str(row["message_id"])
+        if path[-1].get("parent_id") is not None:
+            yield Rejected(id, 0, "a message before the answer is missing")
+        elif messages[0]["role"] == "assistant":
+            yield Rejected(id, 0, "an answer to nothing")
+        else:
+            yield Example(id, messages)
+
+
+def row_of_tree(record: Record) -> str | None:
+    """Why a record cannot be a message of a tree; None if it can."""
+    try:
+        _role(record.get("role"))
+        _text(record.get("text"), "text")
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _is_tree(record: Record) -> bool:
+    prompt = record.get("prompt")
+    return isinstance(prompt, Mapping) and "replies" in prompt
+
+
+def _rows(root: Record) -> list[Record]:
+    """The messages of a tree as rows."""
+    rows: list[Record] = []
+    waiting: list[tuple[Record, Any]] = [(root, None)]
+    while waiting:
+        node, parent = waiting.pop()
+        if problem := row_of_tree(node):
+            raise ValueError(problem)
+        id = node.get("message_id", len(rows))
+        rows.append({"message_id": id, "parent_id": parent, "role": node["role"], "text": node["text"]})
+        waiting += [(reply, id) for reply in reversed(node.get("replies") or [])]
+    return rows
 
 
 def transcript(text: str) -> tuple[Message, ...]:
@@ -266,7 +330,24 @@ def _turns(prompt: str, answer: str) -> tuple[Message, ...]:
 def _asking(prompt: Any) -> tuple[Message, ...]:
     if not isinstance(prompt, str):
         return _messages(prompt)
+    if _TURN.match(prompt) and prompt.rstrip().endswith("\n\nAssistant:"):  # a transcript up to the answer
+        return transcript(prompt)[:-1]
     return ({"role": "user", "content": _text(prompt, "prompt")},)
+
+
+def _margin(record: Record) -> float | None:
+    """How much better the chosen answer is, by the record's margin or its scores."""
+    better, worse = (
+        record.get(f"score_{name}", record.get(f"{name}_score")) for name in ("chosen", "rejected")
+    )
+    margin = record.get("margin")
+    if margin is None and better is not None and worse is not None:
+        margin = float(better) - float(worse)
+    if margin is None:
+        return None
+    if not math.isfinite(float(margin)):
+        raise ValueError("a margin that is no finite number")
+    return float(margin)
 
 
 def _messages(given: Any) -> tuple[Message, ...]:
@@ -276,8 +357,17 @@ def _messages(given: Any) -> tuple[Message, ...]:
     for message in given:
         role = message.get("role") or message.get("from")
         content = message.get("content") if "content" in message else message.get("value")
-        found.append({"role": _role(role), "content": _text(content, "a message")})
+        found.append({"role": _role(role), "content": _text(_joined(content), "a message")})
     return tuple(found)
+
+
+def _joined(content: Any) -> Any:
+    """Content that is a list of parts of text as one text."""
+    if not isinstance(content, list) or not content:
+        return content
+    if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content):
+        raise ValueError("a message with parts that are not text")
+    return "".join(part["text"] for part in content)
 
 
 def _role(role: Any) -> str:

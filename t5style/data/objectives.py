@@ -288,6 +288,8 @@ class Preferences:
 
     Attributes:
       prompt, chosen, rejected: features.
+      margin: feature that tells how much better the chosen answer is, where the store has it
+        (pair_rows.margin_tokens); batches then have `margin` float32 `[pairs]`.
       on_overlong: "truncate" cuts answers at their end (they keep at least half of a decoder-only row) and
         the prompt, of a decoder-only model at its beginning, the same for both answers; "drop"; "error".
     """
@@ -295,6 +297,7 @@ class Preferences:
     prompt: str = "prompt"
     chosen: str = "chosen"
     rejected: str = "rejected"
+    margin: str = "margin"
     on_overlong: str = "truncate"
 
     def __post_init__(self) -> None:
@@ -333,7 +336,7 @@ def objective_for(features: Sequence[str], place: str) -> Objective:
     """
     for objective in (Supervised(), Chat(), Preferences(), Unpaired()):
         names = [value for name, value in vars(objective).items() if name != "on_overlong"]
-        if set(features) == set(names):
+        if set(features) == set(names) or {*features, "margin"} == set(names):
             return objective
     raise UserError(
         f"the token store {place} has the features {', '.join(features)}, which no objective of examples "

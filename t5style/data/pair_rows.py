@@ -14,6 +14,16 @@ from t5style.data.rows import TaskRows
 WIDTH = 2  # answers to an example
 
 
+def margin_tokens(margin: float) -> np.ndarray:
+    """A margin as a store holds it, whatever its vocabulary: the bits of its float32, int32 [32]."""
+    return np.unpackbits(np.frombuffer(np.float32(margin).tobytes(), np.uint8)).astype(np.int32)
+
+
+def margins(tokens: np.ndarray) -> np.ndarray:
+    """float32 [examples] of tokens [32 · examples], as `margin_tokens` made them."""
+    return np.packbits(tokens.astype(np.uint8)).view(np.float32)
+
+
 class PairRows(TaskRows):
     """As TaskRows; `read` gives each row's two answers, numbered 2 · row and 2 · row + 1."""
 
@@ -116,9 +126,16 @@ class PairRows(TaskRows):
         )
 
     def also(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """`example` int32 [rows], the example's number in the split; of unpaired ones `desirable` too."""
+        """`example` int32 [rows], the example's number in the split; of unpaired ones `desirable` too, of
+        pairs `margin` float32 where the store has it.
+        """
         members, _ = self._members(rows)
         found = {"example": members.astype(np.int32)}
+        if isinstance(self.objective, Preferences) and self.objective.margin in self.store.features:
+            feature = self.objective.margin
+            starts = self.store.offsets(self.split, feature)[members]
+            both = self.store.read(self.split, feature, starts, np.full(len(members), 32))
+            found["margin"] = margins(both)
         if isinstance(self.objective, Unpaired):
             feature = self.objective.desirable
             starts = self.store.offsets(self.split, feature)[members]

@@ -17,6 +17,7 @@ from etils import epath
 from t5style import console
 from t5style.data import conversations
 from t5style.data.conversations import KINDS, Example, Rejected
+from t5style.data.pair_rows import margin_tokens
 from t5style.data.token_store import MANIFEST, TokenStoreWriter
 from t5style.infer import chat_template, chat_tokens, storage
 from t5style.infer.chat import located
@@ -105,6 +106,7 @@ class Examples:
         records: dict[str, list[Mapping[str, Any]]] = {TRAIN: [], VALIDATION: []}
         held: tuple[float, Example, list[Tokens]] | None = None
         writer: TokenStoreWriter | None = None
+        has_margin: bool | None = None  # as the first pair, all must say how much better the chosen answer is
         began = time.monotonic()
 
         def add(split: str, example: Example, made: list[Tokens]) -> None:
@@ -112,7 +114,9 @@ class Examples:
             for tokens in made:
                 writer.add(split, tokens)
                 counts[split] += 1
-                sizes[split] += sum(len(ids) for name, ids in tokens.items() if name != "mask")
+                sizes[split] += sum(
+                    len(ids) for name, ids in tokens.items() if name not in ("mask", "margin")
+                )
             if kind == "prompts":
                 records[split].append(example.record)
 
@@ -124,11 +128,14 @@ class Examples:
                     continue
                 example, kind = item
                 made = tokenizer.tokens(example, kind)
+                if has_margin is not None and has_margin != (example.margin is not None):
+                    made = "a pair with a margin" if example.margin is not None else "a pair without a margin"
                 if isinstance(made, str):
                     rejected.append(Rejected(example.id, 0, made))
                     continue
                 if writer is None:
-                    writer = self._writer(run, tokenizer, kind)
+                    has_margin = example.margin is not None
+                    writer = self._writer(run, tokenizer, kind, has_margin)
                 chance = conversations.chance(example.id, self.seed)
                 if chance < self.validation:
                     add(VALIDATION, example, made)
@@ -166,9 +173,9 @@ class Examples:
             "fingerprint": writer.manifest["fingerprint"],
         }
 
-    def _writer(self, run: RunDir, tokenizer: Tokenizer, kind: str) -> TokenStoreWriter:
+    def _writer(self, run: RunDir, tokenizer: Tokenizer, kind: str, has_margin: bool) -> TokenStoreWriter:
         description = {"kind": kind, "whole": tokenizer.is_decoder_only}
-        features = tokenizer.features(kind)
+        features = (*tokenizer.features(kind), *(("margin",) if has_margin else ()))
         writer = TokenStoreWriter(os.fspath(run.path), features, tokenizer.vocabulary, description)
         writer.__enter__()
         for split in (TRAIN, *((VALIDATION,) if self.validation else ())):
@@ -193,14 +200,17 @@ class Examples:
                 reason = f"of no known shape (keys: {', '.join(sorted(found))[:200]})"
                 yield Rejected(file, line, reason)
             elif "message_id" in found and kind == "chat":
-                rows.append(found)  # a tree's messages come in any order
+                if problem := conversations.row_of_tree(found):
+                    yield Rejected(file, line, problem)
+                else:
+                    rows.append(found)  # a tree's messages come in any order
             elif isinstance(made := conversations.example(found, kind, name), str):
                 yield Rejected(file, line, made)
             else:
                 for example in made:
                     yield self._with_system(example), kind
-        for example in conversations.tree(rows):
-            yield self._with_system(example), "chat"
+        for answer in conversations.tree(rows):
+            yield answer if isinstance(answer, Rejected) else (self._with_system(answer), "chat")
 
     def _with_system(self, example: Example) -> Example:
         if self.system is None or example.messages[0]["role"] == "system":
@@ -298,7 +308,10 @@ class Tokenizer:
             return [{"prompt": prompt, "completion": answers[0], "desirable": desirable}]  # type: ignore[dict-item]
         if np.array_equal(answers[0], answers[1]):
             return "chosen and rejected are the same tokens"
-        return [{"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}]  # type: ignore[dict-item]
+        pair = {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}
+        if example.margin is not None:
+            pair["margin"] = margin_tokens(example.margin)
+        return [pair]  # type: ignore[list-item]
 
     def _chat(self, example: Example) -> list[Tokens] | str:
         turns = [i for i, message in enumerate(example.messages) if message["role"] == "assistant" and i]

@@ -57,6 +57,36 @@ def test_more_than_one_turn_and_more_than_one_text() -> None:
         ["Hi", "Hello"],
         ["Hi", "Hello", "And?", "Nothing"],
     ]
+    whole = {"text": "Hi", "role": "prompter", "replies": [{"text": t, "role": "assistant"} for t in "ab"]}
+    assert kind_of({"prompt": whole}) == "chat"
+    made = example({"message_tree_id": "t", "prompt": whole}, "chat", "")
+    assert [answer.messages[1]["content"] for answer in made] == ["a", "b"]
+
+
+def test_trees_that_are_not_whole() -> None:
+    rows = [
+        {"message_id": "2", "parent_id": "1", "role": "assistant", "text": "to nothing"},
+        {"message_id": "3", "parent_id": "4", "role": "assistant", "text": "round"},
+        {"message_id": "4", "parent_id": "3", "role": "prompter", "text": "and round"},
+        {"message_id": "5", "parent_id": None, "role": "assistant", "text": "first"},
+    ]
+    found = list(conversations.tree(rows))
+    assert [(one.file, one.reason.split()[0]) for one in found] == [("2", "a"), ("3", "a"), ("5", "an")]
+    assert (
+        conversations.row_of_tree({"message_id": "6", "role": "assistant", "text": None}) == "text is empty"
+    )
+    assert conversations.row_of_tree({"message_id": "6", "text": "a"}) == "a message without a role"
+    broken = {"prompt": {"text": "Hi", "role": "prompter", "replies": [{"role": "assistant"}]}}
+    assert example(broken, "chat", "") == "text is empty"
+
+
+def test_texts_in_parts() -> None:
+    parts = [{"type": "text", "text": "He"}, {"type": "text", "text": "llo"}]
+    record = {"messages": [ASKED, {"role": "assistant", "content": parts}]}
+    (made,) = example(record, "chat", "")
+    assert made.messages == (ASKED, ANSWERED)
+    parts.append({"type": "image_url", "image_url": {}})
+    assert example(record, "chat", "") == "a message with parts that are not text"
 
 
 def test_preferences() -> None:
@@ -73,6 +103,11 @@ def test_preferences() -> None:
         (made,) = example(record, "pairs", "")
         assert [message["content"] for message in made.messages] == ["Hi", "Hello", "Well?"]
         assert made.answers == ("Fine.", "Go away.\n\nNow.")
+    pair = {"prompt": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Well?\n\nAssistant:", "chosen": "a"}
+    (made,) = example({**pair, "rejected": "b", "score_chosen": 3, "score_rejected": 1.5}, "pairs", "")
+    assert made.messages == (ASKED, ANSWERED, well)
+    assert made.margin == 1.5
+    assert example({**pair, "rejected": "b", "margin": float("nan")}, "pairs", "").startswith("a margin")
     (single,) = example({"prompt": "Hi", "completion": "Hello", "label": False}, "unpaired", "")
     assert (single.messages, single.answers, single.desirable) == ((ASKED,), ("Hello",), False)
     (sum_,) = example({"question": "1+1?", "answer": "#### 2"}, "prompts", "")
@@ -115,6 +150,12 @@ def test_files(tmp_path: pathlib.Path) -> None:
     (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "b"}\n' * 99)[:-9])
     with pytest.raises(UserError, match=r"d\.jsonl\.gz cannot be read to its end"):
         list(conversations.records([str(tmp_path / "d.jsonl.gz")]))
+    (tmp_path / "list.json").write_text('[\n {"prompt":\n "e"},\n 5\n]')
+    listed = list(conversations.records([str(tmp_path / "list.json")]))
+    assert [item for _, _, item in listed] == [{"prompt": "e"}, "not a JSON object"]
+    (tmp_path / "list.json").write_text("[1, ")
+    with pytest.raises(UserError, match=r"list\.json is not JSON"):
+        list(conversations.records([str(tmp_path / "list.json")]))
     (tmp_path / "e.txt").write_text("text")
     with pytest.raises(UserError, match="is no file of examples"):
         list(conversations.records([str(tmp_path / "e.txt")]))

@@ -10,6 +10,7 @@ import pytest
 
 from t5style.corpus.vocabulary import CharacterVocabulary
 from t5style.data.objectives import Chat, Preferences, Supervised, Unpaired, objective_for
+from t5style.data.pair_rows import margin_tokens
 from t5style.data.pipeline import BatchSource
 from t5style.data.replay import describe
 from t5style.data.task import Mixture, Task
@@ -94,6 +95,18 @@ def test_pairs_of_a_decoder_only_model(tmp_path: pathlib.Path) -> None:
     parts = [made.batch_at(5, shard, 3) for shard in range(3)]
     for name, values in made.batch_at(5).items():
         np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), values)
+
+
+def test_margins_of_pairs(tmp_path: pathlib.Path) -> None:
+    said = [1.5, -0.25, 1e-3]
+    examples = [
+        {**pair, "margin": margin_tokens(value).tolist()} for pair, value in zip(PAIRS, said, strict=True)
+    ]
+    folder = store(tmp_path, examples)
+    assert objective_for(tuple(examples[0]), folder) == Preferences()
+    batch = source(folder, Preferences(), 3, 4).batch_at(0)
+    np.testing.assert_array_equal(batch["margin"], np.float32(said))
+    assert batch["margin"].dtype == np.float32
 
 
 def test_pairs_of_an_encoder_decoder(tmp_path: pathlib.Path) -> None:
