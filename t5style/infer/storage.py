@@ -22,6 +22,7 @@ from t5style.infer.embedding import Embedding
 from t5style.infer.ids import TokenIds, token_ids
 from t5style.models import adapters, convert, peft, t5x
 from t5style.models.adapters import Adapter
+from t5style.models.adapters_quantized import QLora
 from t5style.models.config import DTYPES, TransformerConfig
 from t5style.models.gguf import GgufFile
 from t5style.models.gguf_tables import gguf_config, load_gguf
@@ -237,8 +238,11 @@ def _description(run: epath.Path) -> dict[str, Any]:
 def with_adapter(stored: Stored, path: PathLike, place: str) -> Stored:
     """A model with an adapter in its parameters, which were loaded from `place`."""
     held = load_adapter(path, stored, stored.params, place)
-    params = held.adapter.apply(stored.config, stored.params, held.own)
-    return dataclasses.replace(stored, params=params, base=stored.params, held=held)
+    base = stored.params
+    if isinstance(held.adapter, QLora):  # as it was trained
+        base = jax.jit(functools.partial(held.adapter.prepare, stored.config))(base)
+    params = held.adapter.apply(stored.config, base, held.own)
+    return dataclasses.replace(stored, params=params, base=base, held=held)
 
 
 def load_adapter(path: PathLike, model: Stored | Adapted, base: Any, place: str) -> Held:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from t5style.models import adapters
+from t5style.models.adapters_quantized import dense, replaced
 from t5style.models.config import TransformerConfig
 from t5style.models.params import abstract_params
 from t5style.parallel.rules import path_name
@@ -21,10 +22,10 @@ def merge_adapters(config: TransformerConfig, params: Any) -> Any:
     the bias). In the kernels' dtypes.
 
     Raises:
-      UserError: a kernel is quantised, or there is something that no weight can hold: virtual tokens,
-        bottlenecks, biases of a model without.
+      UserError: a kernel is rounded to int8 (those of QLoRA are made dense), or there is something that no
+        weight can hold: virtual tokens, bottlenecks, biases of a model without.
     """
-    made = params
+    params = made = dense(config, params)
     for kernel in adapters.kernels(config):
         leaves = adapters.at(params, kernel.path)
         if any(name.startswith(("lora_", "ia3_")) for name in leaves):
@@ -33,8 +34,8 @@ def merge_adapters(config: TransformerConfig, params: Any) -> Any:
                     f"{'/'.join(kernel.path)} is quantised, so an adapter cannot be merged into it: load the "
                     "model without quantisation"
                 )
-            dense = jax.jit(lambda leaves, kernel=kernel: _dense(kernel, leaves))(dict(leaves))
-            made = _replaced(made, kernel.path, dense)
+            merged = jax.jit(lambda leaves, kernel=kernel: _merged(kernel, leaves))(dict(leaves))
+            made = replaced(made, kernel.path, merged)
     known = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract_params(config))}
     found = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(made)}
     if strange := sorted(found - known):
@@ -45,7 +46,7 @@ def merge_adapters(config: TransformerConfig, params: Any) -> Any:
     return made
 
 
-def _dense(kernel: adapters.Kernel, leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+def _merged(kernel: adapters.Kernel, leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """A projection's kernel and bias, of stacked layers, with the adapters in them."""
     lead, weight = kernel.stacked, leaves["kernel"].astype(jnp.float32)
     inner = tuple(range(lead, lead + kernel.sums))
@@ -66,12 +67,5 @@ def _dense(kernel: adapters.Kernel, leaves: Mapping[str, jax.Array]) -> dict[str
     if "ia3_output" in leaves:
         weight = weight * jnp.expand_dims(leaves["ia3_output"], inner)
         bias = None if bias is None else bias * leaves["ia3_output"].astype(bias.dtype)
-    dense = {"kernel": weight.astype(leaves["kernel"].dtype)}
-    return dense if bias is None else dense | {"bias": bias}
-
-
-def _replaced(tree: Any, path: tuple[str, ...], new: Any) -> Any:
-    """The nested dict with another part at a path."""
-    if not path:
-        return new
-    return {**tree, path[0]: _replaced(tree[path[0]], path[1:], new)}
+    made = {"kernel": weight.astype(leaves["kernel"].dtype)}
+    return made if bias is None else made | {"bias": bias}

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from t5style.nn import platform
+from t5style.nn import platform, quantized_kernel
 from t5style.nn.parameter import Init, named, zeros
 from t5style.nn.quantized_product import product as quantized_product
 
@@ -103,8 +103,9 @@ def quantize_int8(kernel: jax.Array, inner: Sequence[int]) -> tuple[jax.Array, j
 class Projection(nn.Module):
     """A learned linear map: `[..., *inner] -> [..., *outer]`, kernel `[*inner, *outer]`, bias `[*outer]`.
 
-    A kernel that is given in int8 has its scales beside it: kernel_scale f32 `[*outer]`. What an adapter has
-    put beside it is used too (models/adapters.py): lora_a `[*inner, rank]` and lora_b `[rank, *outer]`,
+    A kernel that is given in int8 has its scales beside it: kernel_scale f32 `[*outer]`. In its place there
+    may be kernel_codes and kernel_scales (nn/quantized_kernel.py). What an adapter has put beside it is used
+    too (models/adapters.py): lora_a `[*inner, rank]` and lora_b `[rank, *outer]`,
     lora_magnitude `[*outer]`, lora_dropout, ia3_input `[*inner]`, ia3_output `[*outer]`, and a bias.
 
     Attributes:
@@ -130,9 +131,10 @@ class Projection(nn.Module):
 
     def setup(self) -> None:
         dtype = jnp.dtype(self.param_dtype)
-        self.kernel = self.param(
-            "kernel", named(self.initializer, self.names), (*self.inner, *self.outer), dtype
-        )
+        if not self.has_variable("params", "kernel_codes"):
+            self.kernel = self.param(
+                "kernel", named(self.initializer, self.names), (*self.inner, *self.outer), dtype
+            )
         if self.bias:
             self.offset = self.param("bias", named(zeros, self.names[len(self.inner) :]), self.outer, dtype)
 
@@ -141,7 +143,15 @@ class Projection(nn.Module):
         contracted, out_dtype = len(self.inner), self.out_dtype and jnp.dtype(self.out_dtype)
         if self.has_variable("params", "ia3_input"):
             x = x * self._given("ia3_input").astype(x.dtype)
-        if self.kernel.dtype == jnp.int8:
+        if self.has_variable("params", "kernel_codes"):
+            # The dense kernel is not kept for the backward pass: there it is made again.
+            settings: Any = {"contracted": contracted, "precision": self.precision, "out_dtype": out_dtype}
+            product = jax.checkpoint(
+                lambda x, codes, scales: project(
+                    x, quantized_kernel.dequantize(codes, scales, contracted - 1), **settings
+                )
+            )(x, self._given("kernel_codes"), self._given("kernel_scales"))
+        elif self.kernel.dtype == jnp.int8:
             scale = self.get_variable("params", "kernel_scale")
             product = project_int8(x, self.kernel, scale, contracted=contracted, out_dtype=out_dtype)
         else:
@@ -177,9 +187,13 @@ class Projection(nn.Module):
         total = product + project(low, b, precision=self.precision, out_dtype=product.dtype)
         if not self.has_variable("params", "lora_magnitude"):
             return total
-        weight = self.kernel.astype(jnp.float32)
-        if self.kernel.dtype == jnp.int8:
-            weight = weight * self._given("kernel_scale")
+        if self.has_variable("params", "kernel_codes"):
+            codes, scales = self._given("kernel_codes"), self._given("kernel_scales")
+            weight = quantized_kernel.dequantize(codes, scales, contracted - 1)
+        else:
+            weight = self.kernel.astype(jnp.float32)
+            if self.kernel.dtype == jnp.int8:
+                weight = weight * self._given("kernel_scale")
         weight = weight + jnp.tensordot(a, b, 1).astype(jnp.float32)  # [*inner, *outer]
         norm = jnp.sqrt(jnp.square(jax.lax.stop_gradient(weight)).sum(axis=tuple(range(contracted))))
         return total * (self._given("lora_magnitude") / norm).astype(total.dtype)
