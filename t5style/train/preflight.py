@@ -35,7 +35,7 @@ class Costs:
     """What the run costs, from shapes alone.
 
     Attributes:
-      parameters: number of parameters.
+      parameters: number of parameters; trained: of those that are trained.
       state_bytes: parameters and optimiser state on one device.
       gradient_bytes: gradients on one device.
       flops_per_token: training FLOPs per position, padding included.
@@ -43,6 +43,7 @@ class Costs:
     """
 
     parameters: int
+    trained: int
     state_bytes: int
     gradient_bytes: int
     flops_per_token: float
@@ -176,6 +177,7 @@ def preflight(
     figures = {
         "start": start,
         "parameters": costs.parameters,
+        "trained_parameters": costs.trained,
         "mesh": costs.mesh,
         "state_bytes_per_device": costs.state_bytes,
         "gradient_bytes_per_device": costs.gradient_bytes,
@@ -202,11 +204,19 @@ def preflight(
     return figures
 
 
+def parameters(all_of_them: int, trained: int) -> str:
+    """`1,000 parameters`, or with those of them that are trained if not all are."""
+    if trained == all_of_them:
+        return f"{all_of_them:,} parameters"
+    return f"{all_of_them:,} parameters, {trained:,} trained ({trained / all_of_them:.2%})"
+
+
 def _text(figures: Mapping[str, Any], source: BatchSource) -> str:
     lines = [
         "Preflight",
         f"  start      {figures['start']}",
-        f"  model      {figures['parameters']:,} parameters; {figures['vocabulary']['ids']:,} ids in the "
+        f"  model      {parameters(figures['parameters'], figures['trained_parameters'])}; "
+        f"{figures['vocabulary']['ids']:,} ids in the "
         "vocabulary, "
         f"{figures['vocabulary']['embedding_rows']:,} rows in the embedding",
         f"  memory     {format_bytes(figures['state_bytes_per_device'])} of parameters and optimiser state "

@@ -196,7 +196,8 @@ class Pretrain:
         costs = self.costs(mesh)
         positions = self.steps * self.batch_size * sum(self.program.sides().values())
         console.say(
-            f"{costs.parameters:,} parameters; {explain.format_bytes(costs.state_bytes)} of parameters and "
+            f"{preflight.parameters(costs.parameters, costs.trained)}; "
+            f"{explain.format_bytes(costs.state_bytes)} of parameters and "
             "optimiser "
             f"state and {explain.format_bytes(costs.gradient_bytes)} of gradients on each device "
             f"({costs.mesh}); "
@@ -208,7 +209,8 @@ class Pretrain:
         """Parameters, bytes per device and FLOPs per token, from shapes alone."""
         abstract, shardings = self.program.abstract(mesh)
         return preflight.Costs(
-            parameters=model_params.count_params(abstract.params),
+            parameters=model_params.count_params(self.model),
+            trained=model_params.count_params(abstract.params),
             state_bytes=state_lib.bytes_per_device(abstract, shardings),
             gradient_bytes=state_lib.bytes_per_device(abstract.params, shardings.params),
             flops_per_token=self.program.flops_per_token(),
@@ -485,6 +487,7 @@ class Pretrain:
         return {
             "steps": int(state.step),
             "parameters": model_params.count_params(self.model),
+            "trained_parameters": model_params.count_params(state.params),
             "train_loss": progress.last.get("train/loss"),
             **({"best_step": progress.best["step"]} if progress.best else {}),
             **progress.evaluation.get("figures", {}),

@@ -239,7 +239,7 @@ class Reinforce(Finetune):
         lines = [
             "Preflight",
             f"  start      {start}",
-            f"  model      {costs.parameters:,} parameters; {costs.mesh}",
+            f"  model      {preflight.parameters(costs.parameters, costs.trained)}; {costs.mesh}",
             f"  prompts    {len(source.members):,}, the longest of {source.longest} tokens; "
             f"{source.left_out} of more than {source.room} are left out",
             f"  rollout    {self.prompts} prompts · {self.group} answers of up to "
