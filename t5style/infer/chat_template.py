@@ -7,6 +7,7 @@ and the same ids here. They run in a process of their own with limits on time, m
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import datetime
 import json
@@ -29,6 +30,7 @@ DEFAULT, TOOL_USE = "default", "tool_use"
 Message = Mapping[str, Any]
 Span = tuple[int, int]  # first and last + 1 of characters
 
+_KEPT_ANSWERS, _KEPT_CHARACTERS = 8, 1 << 18  # of the sandbox, and how long they may be
 _SPECIAL = re.compile(r"(bos|eos|unk|sep|pad|cls|mask)_token")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
@@ -127,7 +129,7 @@ def rendered(
         "template": template.source,
         "variables": {**template.variables, **given},
         "marks": tuple(marks) if spans else ("", ""),
-        "now": None if now is None else now.isoformat(),
+        "now": None if now is None or "strftime_now" not in template.source else now.isoformat(),
     }
     try:
         line = json.dumps(request)
@@ -160,15 +162,21 @@ def _without_marks(text: str, marks: str) -> tuple[str, list[Span]]:
 
 
 class _Sandbox:
-    """The program that renders; started when it is first needed, and again after it had to be stopped."""
+    """The program that renders; started when it is first needed, and again after it had to be stopped.
+
+    Its last answers are kept: to find the assistant's turns the same beginnings are asked for again.
+    """
 
     def __init__(self) -> None:
+        self._answers: collections.OrderedDict[str, dict[str, Any]] = collections.OrderedDict()
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
         self._owner = 0
 
     def ask(self, line: str) -> dict[str, Any]:
         with self._lock:
+            if line in self._answers:
+                return self._answers[line]
             process = self._started()
             assert process.stdin is not None
             assert process.stdout is not None
@@ -198,6 +206,12 @@ class _Sandbox:
             return {"error": f"it takes more than {SECONDS:g} s or too much memory", "line": None}
         result = json.loads(answer)
         assert isinstance(result, dict)
+        # The clock is part of the question, or the template does not ask for it.
+        if "strftime_now" not in line and len(line) + len(answer) < _KEPT_CHARACTERS:
+            with self._lock:
+                self._answers[line] = result
+                while len(self._answers) > _KEPT_ANSWERS:
+                    self._answers.popitem(last=False)
         return result
 
     def _started(self) -> subprocess.Popen[str]:
