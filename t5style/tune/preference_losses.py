@@ -23,7 +23,7 @@ def dpo(chosen: jax.Array, rejected: jax.Array, beta: float, label_smoothing: fl
     Rafailov et al., "Direct preference optimization" (2023), equation 7. With label smoothing ε it is the
     conservative form of Mitchell, "A note on DPO with noisy preferences" (2023): (1 - ε) of that and ε of the
     same with the answers exchanged. Of means per token in place of sums it is the length-normalised form of
-    Lambert et al., "Tülu 3" (2024), equation 6.
+    Lambert et al., "Tülu 3" (2024).
 
     Args:
       chosen, rejected: log-ratios f32 [pairs].
@@ -41,7 +41,7 @@ def robust_dpo(chosen: jax.Array, rejected: jax.Array, beta: float, flipped: flo
     """DPO's loss without the bias of labels that are flipped with a known probability ε:
     ((1 - ε) L(y_w, y_l) - ε L(y_l, y_w)) / (1 - 2 ε).
 
-    Chowdhury et al., "Provably robust DPO: aligning language models with noisy feedback" (2024), equation 12.
+    Chowdhury et al., "Provably robust DPO: aligning language models with noisy feedback" (2024).
 
     Args:
       chosen, rejected, beta: see `dpo`.
@@ -55,8 +55,8 @@ def robust_dpo(chosen: jax.Array, rejected: jax.Array, beta: float, flipped: flo
 def hinge(chosen: jax.Array, rejected: jax.Array, beta: float) -> jax.Array:
     """max(0, 1 - β (ρ_w - ρ_l)): SLiC's margin on log-ratios, normalised as in RSO.
 
-    Zhao et al., "SLiC-HF" (2023), equation 1; Liu et al., "Statistical rejection sampling improves preference
-    optimization" (2024), equation 11.
+    Zhao et al., "SLiC-HF" (2023); Liu et al., "Statistical rejection sampling improves preference
+    optimization" (2024), the normalised hinge loss.
     """
     return jax.nn.relu(1.0 - beta * (chosen - rejected))
 
@@ -81,7 +81,7 @@ def kto(
     """Kahneman-Tversky optimisation, of single answers: λ_D (1 - σ(β (ρ - z))) of a desirable one and
     λ_U (1 - σ(β (z - ρ))) of an undesirable one.
 
-    Ethayarajh et al., "KTO: model alignment as prospect theoretic optimization" (2024), equation 8.
+    Ethayarajh et al., "KTO: model alignment as prospect theoretic optimization" (2024), section 4.
 
     Args:
       ratios: the answers' log-ratios ρ, f32 [examples].
@@ -97,7 +97,7 @@ def kto(
 
 def kto_kl(mean_ratio: jax.Array) -> jax.Array:
     """KTO's reference point: the mean log-ratio of answers to other prompts than their own over the whole
-    batch, an estimate of KL(π || π_ref); from 0, and without a gradient (section 4.2).
+    batch, an estimate of KL(π || π_ref); from 0, and without a gradient (the same section).
 
     Args:
       mean_ratio: f32 scalar.
