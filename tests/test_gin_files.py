@@ -59,7 +59,7 @@ PLACES = {
 def pretraining(**pieces: str) -> list[str]:
     """A whole composition, with these pieces in their places."""
     places = PLACES | pieces
-    if places["data"] == "gin/data/causal_lm.gin":
+    if places["data"] in ("gin/data/causal_lm.gin", "gin/data/chat.gin"):  # for a decoder-only model
         places["models"] = "gin/models/llama_tiny.gin"
     return list(places.values())
 
