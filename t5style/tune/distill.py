@@ -23,6 +23,7 @@ from t5style.data.pipeline import BatchSource, empty_batch
 from t5style.data.task import Mixture, Task
 from t5style.infer.chat import located
 from t5style.models.config import TransformerConfig
+from t5style.models.params import count_params
 from t5style.parallel import rules
 from t5style.run_dir import RunDir, UserError
 from t5style.train import initialize, likelihood
@@ -225,6 +226,20 @@ class Distill(Finetune):
     def _parent(self, mesh: Mesh, source: BatchSource) -> initialize.Start:
         start = super()._parent(mesh, source)
         return dataclasses.replace(start, lineage=start.lineage | {"teacher": self.teacher})
+
+    def _preflight(
+        self,
+        run: RunDir,
+        mesh: Mesh,
+        source: BatchSource,
+        evaluated: Sequence[BatchSource],
+        start: str,
+    ) -> None:
+        assert self.teacher_model is not None
+        size = count_params(state_lib.abstract_params(self.teacher_model))
+        where = "in every step" if self.cache is None else f"its {self.top_k} best tokens in {self.cache}"
+        said = f"{start}; teacher {self.teacher}, {size:,} parameters, {where}"
+        super()._preflight(run, mesh, source, evaluated, said)
 
     def _teacher(self, mesh: Mesh, source: BatchSource) -> Any:
         """The teacher's parameters, on the mesh."""
