@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from t5style.models.adapters_virtual import Counts, counts, virtual_ids
 from t5style.models.config import TransformerConfig
 from t5style.models.transformer import Transformer
 from t5style.nn.moe import RouterStats
@@ -45,7 +46,13 @@ def hidden_states(
       params: all of its parameters.
       batch: int32 `[rows, length]` under T5X's names.
       dropout_key: of dropout and embedding noise; None for neither.
+
+    An adapter's virtual tokens are put before each row, which must hold one example; what the decoder makes of
+    them is left out.
     """
+    found = counts(config, params)
+    if any(found):
+        batch = _with_virtual(config, batch, found)
     deterministic = dropout_key is None or not config.is_random
     arguments: dict[str, Any] = {
         "decoder_positions": batch["decoder_positions"],
@@ -56,7 +63,7 @@ def hidden_states(
         encoder_tokens = batch["encoder_input_tokens"]
         arguments["encoder_positions"] = batch["encoder_positions"]
         arguments["encoder_segment_ids"] = batch["encoder_segment_ids"]
-    return Transformer(config).apply(
+    hidden, routers = Transformer(config).apply(
         {"params": params},
         batch["decoder_input_tokens"],
         encoder_tokens,
@@ -65,6 +72,30 @@ def hidden_states(
         rngs={} if dropout_key is None else {"dropout": dropout_key},
         method="hidden_and_routers",
     )
+    return hidden[:, found.decoder :], routers
+
+
+def _with_virtual(config: TransformerConfig, batch: Batch, found: Counts) -> dict[str, jax.Array]:
+    """What the model reads of a batch, with virtual tokens before each row."""
+    made = dict(batch)
+    for side, count in zip(("encoder", "decoder"), found, strict=True):
+        if not count:
+            continue
+        tokens, segments = batch[f"{side}_input_tokens"], batch[f"{side}_segment_ids"]
+        shape = (len(tokens), count)
+        before = {
+            "input_tokens": jnp.broadcast_to(jnp.asarray(virtual_ids(config, count), jnp.int32), shape),
+            "segment_ids": jnp.broadcast_to(segments.max(axis=1, keepdims=True), shape),
+            "positions": jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), shape),
+        }
+        after = {
+            "input_tokens": tokens,
+            "segment_ids": segments,
+            "positions": batch[f"{side}_positions"] + count,
+        }
+        for name, first in before.items():
+            made[f"{side}_{name}"] = jnp.concatenate([first, after[name]], axis=1)
+    return made
 
 
 def logits(config: TransformerConfig, params: Any, hidden: jax.Array) -> jax.Array:

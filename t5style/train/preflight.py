@@ -36,7 +36,8 @@ class Costs:
 
     Attributes:
       parameters: number of parameters; trained: of those that are trained.
-      state_bytes: parameters and optimiser state on one device.
+      state_bytes: trained parameters and optimiser state on one device.
+      frozen_bytes: parameters that are not trained on one device.
       gradient_bytes: gradients on one device.
       flops_per_token: training FLOPs per position, padding included.
       mesh: the mesh in words.
@@ -45,6 +46,7 @@ class Costs:
     parameters: int
     trained: int
     state_bytes: int
+    frozen_bytes: int
     gradient_bytes: int
     flops_per_token: float
     mesh: str
@@ -180,6 +182,7 @@ def preflight(
         "trained_parameters": costs.trained,
         "mesh": costs.mesh,
         "state_bytes_per_device": costs.state_bytes,
+        "frozen_bytes_per_device": costs.frozen_bytes,
         "gradient_bytes_per_device": costs.gradient_bytes,
         "training_flops_per_token": costs.flops_per_token,
         "vocabulary": {"ids": source.vocabulary.vocab_size, "embedding_rows": config.vocab_size},
@@ -211,6 +214,10 @@ def parameters(all_of_them: int, trained: int) -> str:
     return f"{all_of_them:,} parameters, {trained:,} trained ({trained / all_of_them:.2%})"
 
 
+def _frozen(count: int) -> str:
+    return f", {format_bytes(count)} of others" if count else ""
+
+
 def _text(figures: Mapping[str, Any], source: BatchSource) -> str:
     lines = [
         "Preflight",
@@ -219,8 +226,9 @@ def _text(figures: Mapping[str, Any], source: BatchSource) -> str:
         f"{figures['vocabulary']['ids']:,} ids in the "
         "vocabulary, "
         f"{figures['vocabulary']['embedding_rows']:,} rows in the embedding",
-        f"  memory     {format_bytes(figures['state_bytes_per_device'])} of parameters and optimiser state "
-        "and "
+        f"  memory     {format_bytes(figures['state_bytes_per_device'])} of trained parameters and optimiser "
+        "state"
+        f"{_frozen(figures['frozen_bytes_per_device'])} and "
         f"{format_bytes(figures['gradient_bytes_per_device'])} of gradients on each device, and activations; "
         f"{figures['mesh']}",
         f"  compute    {figures['training_flops_per_token']:.3g} FLOPs per token, "

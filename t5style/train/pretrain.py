@@ -4,13 +4,11 @@ from.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -26,7 +24,7 @@ from t5style.parallel import explain, rules
 from t5style.parallel import mesh as mesh_lib
 from t5style.parallel.mesh import MeshConfig
 from t5style.parallel.rules import Rules
-from t5style.train import checkpoint, initialize, preflight, resharding
+from t5style.train import checkpoint, evaluation, initialize, preflight, resharding
 from t5style.train import state as state_lib
 from t5style.train.goodput import Goodput
 from t5style.train.loop import Loop, LoopOptions, Progress
@@ -212,6 +210,7 @@ class Pretrain:
             parameters=model_params.count_params(self.model),
             trained=model_params.count_params(abstract.params),
             state_bytes=state_lib.bytes_per_device(abstract, shardings),
+            frozen_bytes=state_lib.bytes_per_device(*self.program.abstract_frozen(mesh)),
             gradient_bytes=state_lib.bytes_per_device(abstract.params, shardings.params),
             flops_per_token=self.program.flops_per_token(),
             mesh=mesh_lib.describe(mesh),
@@ -451,34 +450,8 @@ class Pretrain:
         return sources
 
     def _evaluator(self, sources: Sequence[BatchSource], mesh: Mesh, frozen: Any) -> Any:
-        """(params, stopping) -> {'eval/<task>/loss': ...}, or None once stopping() is true."""
-        compiled = self.program.eval_step()
-        extra = () if frozen is None else (frozen,)
-
-        def step(params: Any, batch: Any) -> Any:
-            return compiled(params, batch, *extra)
-
-        shard, shards = rules.host_shard(mesh)
-
-        def evaluate(params: Any, stopping: Callable[[], bool]) -> dict[str, float] | None:
-            figures: dict[str, float] = {}
-            for source in sources:
-                name = source.task.name
-                sums: dict[str, np.ndarray] = {}
-                with contextlib.closing(
-                    source.evaluation_iter(shard, shards, max_batches=self.eval_batches)
-                ) as batches:
-                    for metrics in _late(step(params, rules.put_batch(batch, mesh)) for batch in batches):
-                        if stopping():
-                            return None
-                        for metric, pair in metrics.items():
-                            sums[metric] = sums.get(metric, np.zeros(2)) + np.asarray(pair, np.float64)
-                for metric, (total, weight) in sums.items():
-                    figures[f"eval/{name}/{metric}"] = float(total / weight) if weight else math.nan
-                figures[f"eval/{name}/tokens"] = float(sums["loss"][1])
-            return figures
-
-        return evaluate
+        """See evaluation.evaluator."""
+        return evaluation.evaluator(self.program, sources, mesh, frozen, self.eval_batches)
 
     def _figures(
         self, state: Any, progress: Progress, goodput: Goodput, source: BatchSource, seconds: float
@@ -505,16 +478,3 @@ class Pretrain:
 
 def _tasks(task: Task | Mixture) -> tuple[Task, ...]:
     return tuple(task.tasks) if isinstance(task, Mixture) else (task,)
-
-
-def _late(results: Iterator[Any]) -> Iterator[Any]:
-    """Device results as host arrays, each read after the next is dispatched: the device does not wait for the
-    host.
-    """
-    before: Any = None
-    for result in results:
-        if before is not None:
-            yield jax.device_get(before)
-        before = result
-    if before is not None:
-        yield jax.device_get(before)
