@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from t5style.infer import virtual
 from t5style.infer.batch import batch_bucket, bucket, on_mesh, pad_rows, put
 from t5style.infer.ids import TokenIds
+from t5style.models.adapters_virtual import counts, virtual_ids
 from t5style.models.cache import init_cache
 from t5style.models.config import TransformerConfig
 from t5style.models.params import unstack_layers
@@ -152,7 +152,8 @@ class Engine:
         forget what no later token sees; this needs all tokens that follow to be real, one or a few at a time.
         """
         batch = batch_bucket(len(prompts), self.mesh)
-        before = [virtual.ids(self.config, count) for count in virtual.counts(self.config, self.params)]
+        found = counts(self.config, self.params)
+        before = [np.asarray(virtual_ids(self.config, count), np.int32) for count in found]
         first = np.append(before[1], np.int32(self.ids.start))
         own = before[0] if self.config.encoder_layers else before[1]
         prompts = [np.concatenate([own, prompt]) for prompt in prompts] if len(own) else prompts

@@ -33,6 +33,7 @@ from t5style.infer.engine import Engine
 from t5style.infer.ids import TokenIds, token_ids
 from t5style.infer.settings import Fields, Settings
 from t5style.models.adapters_merge import merge_adapters
+from t5style.models.adapters_virtual import counts
 from t5style.models.config import TransformerConfig
 from t5style.models.quantize import quantize as quantized
 from t5style.parallel.rules import Rules
@@ -387,7 +388,7 @@ class Model(Adapted):
         """Runs a program on a batch, padded to buckets: lengths always, rows where a mesh asks for it. An
         adapter's virtual tokens are put in, and what the program gives for them is left out.
         """
-        batch, places = virtual.insert(self.config, batch, virtual.counts(self.config, self.params))
+        batch, places = virtual.insert(self.config, batch, counts(self.config, self.params))
         rows = next(iter(batch.values())).shape[0]
         ways = 1 if self.mesh is None else batch_bucket(rows, self.mesh)
         padded = {}

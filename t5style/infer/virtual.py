@@ -3,39 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
 
 import numpy as np
 
+from t5style.models.adapters_virtual import Counts, virtual_ids
 from t5style.models.config import TransformerConfig
-
-
-class Counts(NamedTuple):
-    """How many there are before the encoder's and the decoder's tokens."""
-
-    encoder: int = 0
-    decoder: int = 0
-
-
-def counts(config: TransformerConfig, params: Mapping[str, Any]) -> Counts:
-    """What an adapter has put into the parameters: prompt_embedding `[n, embed]` stands before the tokens of
-    the encoder, where there is one, prefix_key `[layers, n, kv_heads, head_dim]` before those of its stack.
-    """
-    prompt = params["prompt_embedding"].shape[0] if "prompt_embedding" in params else 0
-    prefix = {"encoder": 0, "decoder": 0}
-    for side in prefix:
-        for name in ("layers", "moe_layers"):
-            layers = params.get(side, {}).get(name, {})
-            attention = (layers[0] if isinstance(layers, tuple) else layers).get("attention", {})
-            if "prefix_key" in attention:
-                prefix[side] = attention["prefix_key"].shape[-3]
-    prefix["encoder" if config.encoder_layers else "decoder"] += prompt
-    return Counts(**prefix)
-
-
-def ids(config: TransformerConfig, count: int) -> np.ndarray:
-    """The ids of so many virtual tokens, int32 `[count]`."""
-    return np.arange(config.vocab_size, config.vocab_size + count, dtype=np.int32)
 
 
 def insert(
@@ -46,7 +18,7 @@ def insert(
     Args:
       config: the model's.
       batch: int32 `[rows, length]` under data.pipeline's names, segment ids among them.
-      found: see counts.
+      found: see models.adapters_virtual.counts.
 
     Returns:
       the batch, its rows longer by the virtual tokens of the row with most examples; and int32 `[rows,
@@ -70,7 +42,7 @@ def insert(
             wide = np.zeros((rows, width), np.int32)
             np.put_along_axis(wide, where, np.asarray(value) + count * name.endswith("positions"), axis=1)
             if name.endswith("input_tokens"):
-                wide[row[:, None], new] = ids(config, count)
+                wide[row[:, None], new] = virtual_ids(config, count)
             if name.endswith("segment_ids"):
                 wide[row[:, None], new] = segments[row, column][:, None]
             if name.endswith("positions"):

@@ -8,8 +8,8 @@ implementation of attention need to know nothing of them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,29 @@ from t5style.models.config import TransformerConfig
 def virtual_ids(config: TransformerConfig, length: int) -> list[int]:
     """The ids that stand before an example's tokens."""
     return list(range(config.vocab_size, config.vocab_size + length))
+
+
+class Counts(NamedTuple):
+    """How many there are before the encoder's and the decoder's tokens."""
+
+    encoder: int = 0
+    decoder: int = 0
+
+
+def counts(config: TransformerConfig, params: Mapping[str, Any]) -> Counts:
+    """What an adapter has put into the parameters: prompt_embedding `[n, embed]` stands before the tokens of
+    the encoder, where there is one, prefix_key `[layers, n, kv_heads, head_dim]` before those of its stack.
+    """
+    prompt = params["prompt_embedding"].shape[0] if "prompt_embedding" in params else 0
+    prefix = {"encoder": 0, "decoder": 0}
+    for side in prefix:
+        for name in ("layers", "moe_layers"):
+            layers = params.get(side, {}).get(name, {})
+            attention = (layers[0] if isinstance(layers, tuple) else layers).get("attention", {})
+            if "prefix_key" in attention:
+                prefix[side] = attention["prefix_key"].shape[-3]
+    prefix["encoder" if config.encoder_layers else "decoder"] += prompt
+    return Counts(**prefix)
 
 
 @dataclasses.dataclass(frozen=True)

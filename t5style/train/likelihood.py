@@ -47,8 +47,8 @@ def hidden_states(
       batch: int32 `[rows, length]` under T5X's names.
       dropout_key: of dropout and embedding noise; None for neither.
 
-    An adapter's virtual tokens are put before each row, which must hold one example; what the decoder makes of
-    them is left out.
+    An adapter's virtual tokens are put before each row, which must hold one example; what the decoder makes
+    of them is left out.
     """
     found = counts(config, params)
     if any(found):

@@ -19,6 +19,7 @@ from t5style.infer import chat_template, storage
 from t5style.infer.chat import located
 from t5style.models import adapters
 from t5style.models.adapters import Adapter
+from t5style.models.adapters_virtual import PrefixTuning, PromptTuning
 from t5style.models.config import TransformerConfig
 from t5style.parallel import rules
 from t5style.train import initialize
@@ -70,6 +71,11 @@ class Finetune(Pretrain):
                 "a task and a store were given: leave one out"
                 if self.store
                 else "there is nothing to learn: give a task, or the store that tune.examples.Examples made"
+            )
+        if isinstance(self.adapter, PromptTuning | PrefixTuning) and self.pack:
+            raise ValueError(
+                f"{type(self.adapter).__name__} puts its virtual tokens before rows of one example: set "
+                "pack = False"
             )
         known = {field.name for field in dataclasses.fields(TransformerConfig)}
         if unknown := sorted(self.changes.keys() - known):

@@ -14,8 +14,9 @@ from t5style.infer import virtual
 from t5style.models import peft
 from t5style.models.adapters import Lora
 from t5style.models.adapters_vectors import Ia3
-from t5style.models.adapters_virtual import PrefixTuning, PromptTuning
+from t5style.models.adapters_virtual import Counts, PrefixTuning, PromptTuning
 from t5style.run_dir import UserError
+from t5style.train import likelihood
 from tests.infer.conftest import tiny
 
 PROMPTS = ["abc"] * 3
@@ -119,6 +120,15 @@ def test_virtual_tokens_stand_before_prompts(kind, adapter):
             {name: array[:, 4:] for name, array in (batch | {"decoder_segment_ids": segments - 1}).items()}
         )
         np.testing.assert_allclose(packed[:, 4:], alone, atol=1e-4)
+        # And as in training.
+        row = {
+            **batch,
+            "decoder_segment_ids": np.ones((1, 9), np.int32),
+            "decoder_positions": np.arange(9)[None],
+        }
+        row["decoder_loss_weights"] = np.ones((1, 9), np.int32)
+        learnt = likelihood.log_likelihoods(model.config, model.params, row)
+        np.testing.assert_allclose(learnt, model.token_scores(row)[0], atol=1e-4)
 
 
 def test_virtual_tokens_are_put_before_every_example_of_a_row():
@@ -127,7 +137,7 @@ def test_virtual_tokens_are_put_before_every_example_of_a_row():
         "decoder_input_tokens": np.array([[5, 6, 7, 0]]),
         "decoder_segment_ids": np.array([[1, 2, 2, 0]]),
     }
-    made, places = virtual.insert(config, batch, virtual.Counts(0, 2))
+    made, places = virtual.insert(config, batch, Counts(0, 2))
     assert made["decoder_input_tokens"].tolist() == [[264, 265, 5, 264, 265, 6, 7, 0]]
     assert made["decoder_segment_ids"].tolist() == [[1, 1, 1, 2, 2, 2, 2, 0]]
     assert places.tolist() == [[2, 5, 6, 7]]
