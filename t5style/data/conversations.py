@@ -163,7 +163,9 @@ def example(record: Record, kind: str, id: str) -> list[Example] | str:
     """What the record says, read as `kind`; or why it says nothing."""
     try:
         found = _READERS[kind](record, str(record.get("id") or record.get("message_id") or id))
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError):
+        return f"its fields have another form than in {kind}"
+    except (KeyError, ValueError) as error:
         return f"no {error.args[0]}" if isinstance(error, KeyError) else str(error)
     return found or "nothing to learn"
 
@@ -214,6 +216,8 @@ def _pairs(record: Record, id: str) -> list[Example]:
         chosen, rejected = chosen[-1]["content"], rejected[-1]["content"]
     else:
         messages = _asking(record["prompt"])
+    if not messages:
+        raise ValueError("no prompt before the answers")
     if _text(chosen, "chosen").strip() == _text(rejected, "rejected").strip():
         raise ValueError("chosen and rejected are the same")
     return [Example(id, messages, (chosen, rejected), margin=_margin(record))]
@@ -237,6 +241,10 @@ def _prompts(record: Record, id: str) -> list[Example]:
     context = record.get("input") if isinstance(prompt, str) else None
     messages = _asking(_asked(prompt, context) if isinstance(prompt, str) else prompt)
     rest = {key: value for key, value in record.items() if key != name}
+    if messages[-1]["role"] == "assistant":  # of a chat what the last answer answers
+        rest, messages = {"answer": messages[-1]["content"], **rest}, messages[:-1]
+    if not messages:
+        raise ValueError("no prompt before the answer")
     return [Example(id, messages, record=rest)]
 
 
@@ -345,7 +353,7 @@ def _margin(record: Record) -> float | None:
         margin = float(better) - float(worse)
     if margin is None:
         return None
-    if not math.isfinite(float(margin)):
+    if not isinstance(margin, int | float) or not math.isfinite(margin):
         raise ValueError("a margin that is no finite number")
     return float(margin)
 
@@ -355,6 +363,8 @@ def _messages(given: Any) -> tuple[Message, ...]:
         raise ValueError("the messages are no list, or an empty one")
     found = []
     for message in given:
+        if not isinstance(message, Mapping):
+            raise ValueError("a message without role and content")
         role = message.get("role") or message.get("from")
         content = message.get("content") if "content" in message else message.get("value")
         found.append({"role": _role(role), "content": _text(_joined(content), "a message")})

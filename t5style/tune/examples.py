@@ -29,7 +29,13 @@ TEMPLATES = "chat_templates"  # beside the store's splits
 TRAIN, VALIDATION = "train", "validation"
 LEARNED = ("assistant", "completion")
 
+_REFUSALS = 20  # of the chat template, before anything was taken, after which no more are tried
+
 Tokens = dict[str, np.ndarray]
+
+
+class _Refused(Exception):
+    """The chat template does not take a conversation, such as one whose roles do not alternate."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +112,7 @@ class Examples:
         records: dict[str, list[Mapping[str, Any]]] = {TRAIN: [], VALIDATION: []}
         held: tuple[float, Example, list[Tokens]] | None = None
         writer: TokenStoreWriter | None = None
+        refused = 0
         has_margin: bool | None = None  # as the first pair, all must say how much better the chosen answer is
         began = time.monotonic()
 
@@ -127,7 +134,13 @@ class Examples:
                     rejected.append(item)
                     continue
                 example, kind = item
-                made = tokenizer.tokens(example, kind)
+                try:
+                    made = tokenizer.tokens(example, kind)
+                except _Refused as refusal:
+                    made = str(refusal)
+                    refused += 1
+                    if writer is None and refused == _REFUSALS:
+                        raise self._nothing([*rejected, Rejected(example.id, 0, made)]) from None
                 if has_margin is not None and has_margin != (example.margin is not None):
                     made = "a pair with a margin" if example.margin is not None else "a pair without a margin"
                 if isinstance(made, str):
@@ -319,7 +332,7 @@ class Tokenizer:
             return "no answer of the assistant after a prompt"
         turns = turns[-1:] if self.learn == "completion" else turns
         if self.is_decoder_only and self.template is not None:
-            found = chat_tokens.tokenize(self.vocabulary, self.template, example.messages[: turns[-1] + 1])
+            found = self._in_template(example.messages[: turns[-1] + 1])
             mask = found.assistant_mask.astype(np.int32)
             if not mask.any():
                 raise UserError(
@@ -343,16 +356,24 @@ class Tokenizer:
             made.append({"tokens": np.concatenate([prompt, answer]), "mask": mask})
         return made
 
+    def _in_template(self, messages: Sequence[Mapping[str, Any]], **given: Any) -> chat_tokens.Tokenized:
+        assert self.template is not None
+        try:
+            return chat_tokens.tokenize(self.vocabulary, self.template, messages, **given)
+        except UserError as error:
+            raise _Refused(str(error)) from None
+
     def _prompt(self, messages: Sequence[Mapping[str, Any]]) -> np.ndarray:
         """The conversation so far as it enters the model before an answer, int32 [length]."""
         vocabulary = self.vocabulary
         if self.template is not None and self.is_decoder_only:
-            ids = chat_tokens.tokenize(
-                vocabulary, self.template, messages, add_generation_prompt=True, assistant_mask=False
-            ).ids
-            return np.asarray(ids, np.int32)
+            found = self._in_template(messages, add_generation_prompt=True, assistant_mask=False)
+            return np.asarray(found.ids, np.int32)
         if self.template is not None:
-            text = chat_template.render(self.template, messages, add_generation_prompt=True)
+            try:
+                text = chat_template.render(self.template, messages, add_generation_prompt=True)
+            except UserError as error:
+                raise _Refused(str(error)) from None
         elif len(messages) == 1:
             text = messages[0]["content"]
         else:
@@ -370,7 +391,7 @@ class Tokenizer:
         if self.template is None or not self.is_decoder_only:
             return np.asarray([*self.vocabulary.encode(text), self.vocabulary.eos_id], np.int32)
         whole = [*messages, {"role": "assistant", "content": text}]
-        found = chat_tokens.tokenize(self.vocabulary, self.template, whole)
+        found = self._in_template(whole)
         mask = _last_run(found.assistant_mask.astype(np.int32))
         if not mask.any():
             raise UserError(f"{self.template.name} leaves the assistant's turn out: give another template.")

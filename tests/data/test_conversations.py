@@ -7,9 +7,11 @@ import json
 import pathlib
 from typing import Any
 
+import hypothesis
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import strategies as st
 
 from t5style.data import conversations
 from t5style.data.conversations import example, kind_of
@@ -126,6 +128,10 @@ def test_preferences() -> None:
         ({"messages": "Hi"}, "chat", "the messages are no list"),
         ({"prompt": "Hi", "completion": ""}, "chat", "completion is empty"),
         ({"prompt": 3, "completion": "a"}, "chat", "the messages are no list"),
+        ({"instruction": "a", "instances": [1]}, "chat", "its fields have another form"),
+        ({"prompt": {"text": "a", "role": "prompter", "replies": [5]}}, "chat", "its fields have another"),
+        ({"chosen": [ANSWERED], "rejected": [{**ANSWERED, "content": "b"}]}, "pairs", "no prompt before"),
+        ({"prompt": "Hi", "chosen": "a", "rejected": "b", "margin": "big"}, "pairs", "no finite number"),
         ({"prompt": "Hi", "completion": "a", "label": "yes"}, "unpaired", "label is 'yes'"),
     ],
 )
@@ -133,6 +139,38 @@ def test_what_says_nothing(record: dict[str, Any], kind: str, words: str) -> Non
     made = example(record, kind, "")
     assert isinstance(made, str)
     assert words in made
+
+
+VALUES = st.recursive(
+    st.one_of(
+        st.none(), st.booleans(), st.integers(-1, 1), st.sampled_from(["", "a", "user", "\n\nHuman: "])
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(
+            st.sampled_from(["role", "content", "from", "value", "text", "replies", "input", "output"]),
+            inner,
+            max_size=4,
+        ),
+    ),
+    max_leaves=8,
+)
+KEYS = ("messages", "conversations", "prompt", "completion", "chosen", "rejected", "label", "instruction")
+MORE_KEYS = ("instances", "input", "output", "system", "margin", "id", "question", "answer")
+
+
+@hypothesis.settings(deadline=None, max_examples=200, derandomize=True)
+@hypothesis.given(
+    st.dictionaries(st.sampled_from(KEYS + MORE_KEYS), VALUES, max_size=5),
+    st.sampled_from(conversations.KINDS),
+)
+def test_no_record_is_more_than_set_aside(record: dict[str, Any], kind: str) -> None:
+    made = example(record, kind_of(record) or kind, "x:1")
+    if isinstance(made, str):
+        assert made
+    else:
+        assert all(one.messages and all(m["content"].strip() for m in one.messages) for one in made)
+    example(record, kind, "x:1")
 
 
 def test_files(tmp_path: pathlib.Path) -> None:

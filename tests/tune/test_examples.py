@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import t5style
+from t5style.data.objectives import Preferences
 from t5style.data.pipeline import BatchSource
 from t5style.data.replay import describe
 from t5style.data.task import Task
@@ -98,6 +99,13 @@ def test_pairs_and_phrasings(models: tuple[str, str], tmp_path: pathlib.Path) ->
     run = RunDir(tmp_path / "pairs").create()
     figures = Examples(lines(tmp_path / "pairs.jsonl", [*PAIRS, same]), models[0], validation=0.0)(run)
     assert figures["set_aside"] == {"chosen and rejected are the same": 1}
+    better = [{**pair, "margin": 0.5 + n} for n, pair in enumerate(PAIRS)] + [same, {**PAIRS[0], "id": "n"}]
+    margins = RunDir(tmp_path / "margins").create()
+    figures = Examples(lines(tmp_path / "better.jsonl", better), models[0], validation=0.0)(margins)
+    assert figures["set_aside"]["a pair without a margin"] == 1
+    task = Task("t", str(margins.path), Preferences())
+    batch = BatchSource(task, "train", 4, {"decoder": 40}, "decoder_only").evaluation_batch_at(0)
+    assert sorted(batch["margin"].tolist()) == [0.5, 1.5, 2.5, 3.5]
     found = shown(str(run.path), "decoder_only")
     assert {(None, "⟦: qa</s>\na: ⟧yes a</s>"), (None, "⟦: qa</s>\na: ⟧no a</s>")} <= found
     facts = lines(tmp_path / "facts.jsonl", [{"id": x, "x": x, "y": x + x} for x in "abcdefgh"])
@@ -124,6 +132,12 @@ def test_what_is_refused(models: tuple[str, str], tmp_path: pathlib.Path) -> Non
     deaf = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(UserError, match=r"leaves the assistant's turns out"):
         Examples(chat, models[0], template=deaf)(run)
+    strict = "{% if messages[0]['content'] == 'no' %}{{ raise_exception('not so') }}{% endif %}" + TEMPLATE
+    figures = Examples(chat, models[0], template=strict, validation=0.0)(run)
+    assert figures["examples"] == {"train": 2}
+    assert list(figures["set_aside"]) == ["the chat template, line 1: not so"]
+    with pytest.raises(UserError, match=r"no example to learn from .*3 the chat template, line 1: never"):
+        Examples(chat, models[0], template="{{ raise_exception('never') }}")(run)
     with pytest.raises(UserError, match="there is no model"):
         Examples(chat, str(tmp_path / "absent"))(run)
     with pytest.raises(ValueError, match=r"kind is 'chats'; it must be one of chat, pairs"):
