@@ -18,7 +18,7 @@ from t5style.tune import merging, write_model
 from t5style.tune.merge import Merge
 from tests.evaluate import tiny_task
 
-CONFIG = tiny_task.model()
+CONFIG = tiny_task.model(decoder_only=True)
 
 
 def arrays(count, shape=(5, 7), seed=0):
@@ -109,7 +109,7 @@ def test_models_merge_by_their_formulas(models, tmp_path):
     same(added, jax.tree.map(lambda x, y, z: x + 0.5 * (y - z), a, b, c), rtol=1e-4, atol=1e-5)
     arc = merged(tmp_path / "arc", models=models[:2], method="slerp", weights=[0.5, 0.5])
     same(arc["embedding"], merging.slerp(a["embedding"], b["embedding"], 0.5), atol=1e-6)
-    ours, first, second = (tree["encoder"]["layers"]["mlp"]["output"]["kernel"][0] for tree in (arc, a, b))
+    ours, first, second = (tree["decoder"]["layers"]["mlp"]["output"]["kernel"][0] for tree in (arc, a, b))
     same(ours, merging.slerp(first, second, 0.5), atol=1e-6)
     lineage = json.loads((tmp_path / "added" / "lineage.json").read_text())
     assert lineage["parents"] == models[1:3]
@@ -131,7 +131,7 @@ def test_ties_of_whole_models_with_dare_is_the_same_in_any_order(models, tmp_pat
 def test_adapters_are_merged_by_what_they_add(models, tmp_path):
     """As they compute, with DoRA's magnitudes too."""
     plain = t5style.load(models[0])
-    tokens = {"tokens": [[3, 5, 9]], "encoder_tokens": [[4, 8, 2, 1]]}
+    tokens = {"tokens": [[3, 5, 9]]}
     for dora in (False, True):
         adapter, random = Lora(rank=2, alpha=3.0, dora=dora), np.random.default_rng(0)
         own = jax.tree.map(
