@@ -15,10 +15,10 @@ from t5style.models.adapters_quantized import QLora, dense
 from t5style.models.transformer import Transformer
 from t5style.nn import quantized_kernel
 from t5style.parallel.rules import is_axes
-from tests.models.test_adapters import BOTH, DECODER, TOKENS, noisy
+from tests.models.test_adapters import DECODER, TOKENS, noisy
 from tests.models.tiny import params_of
 
-WIDE = DECODER.replace(d_model=64, d_ff=128, decoder_layers=1)
+WIDE = DECODER.replace(d_model=64, d_ff=128, decoder_layers=1, scan_layers=True)
 
 
 @pytest.mark.parametrize(("kind", "most"), [("nf4", 0.16), ("int8", 0.005)])
@@ -36,23 +36,25 @@ def test_codes_are_qwix_s_and_half_a_byte_or_one(kind: str, most: float) -> None
     assert (np.abs(got - kernel).reshape(2, 64, 4, 8) <= most * largest).all()
 
 
-@pytest.mark.parametrize(("config", "kind"), [(DECODER, "nf4"), (BOTH, "int8")], ids=["nf4", "int8"])
-def test_it_is_lora_on_the_dense_numbers_of_the_base(config: Any, kind: str) -> None:
+def test_it_is_lora_on_the_dense_numbers_of_the_base() -> None:
     pytest.importorskip("qwix")
-    adapter, plain = (
-        make(rank=2, alpha=4.0, dora=True) for make in (functools.partial(QLora, kind=kind), Lora)
-    )
+    config, settings = DECODER.replace(decoder_layers=1), {"rank": 2, "alpha": 4.0, "dora": True}
+    adapter, plain = QLora(**settings), Lora(**settings)  # type: ignore[arg-type]
     base = params_of(config)
-    kept = jax.jit(functools.partial(adapter.prepare, config))(base)
+
+    @jax.jit
+    def made(base: Tree) -> tuple[Tree, Tree, Tree]:
+        kept = adapter.prepare(config, base)
+        return kept, dense(config, kept), adapter.init(config, jax.random.key(1), base)
+
+    kept, numbers, own = made(base)
+    own = noisy(own)
     axes = jax.tree.map(len, adapter.prepared_axes(config), is_leaf=is_axes)
     assert axes == jax.tree.map(lambda leaf: leaf.ndim, kept)
-    numbers = dense(config, kept)
-    own = noisy(adapter.init(config, jax.random.key(1), base))
-    encoder = TOKENS[:, ::-1] if config.encoder_layers else None
 
     def loss(own: Tree, base: Tree, adapter: Lora) -> jax.Array:
         tree = adapter.apply(config, base, own)
-        return (Transformer(config).apply({"params": tree}, TOKENS, encoder) ** 2).mean()
+        return (Transformer(config).apply({"params": tree}, TOKENS) ** 2).mean()
 
     graded = jax.jit(jax.value_and_grad(loss), static_argnums=2)
     got, want = graded(own, kept, adapter), graded(own, numbers, plain)
@@ -64,8 +66,9 @@ def test_its_loss_comes_close_to_that_of_lora_on_the_base_in_floating_point() ->
     pytest.importorskip("qwix")
     base, losses = params_of(WIDE), {}
     for adapter in (Lora(rank=4), QLora(rank=4)):
-        kept = adapter.prepare(WIDE, base) if isinstance(adapter, QLora) else base
-        own, optimizer = adapter.init(WIDE, jax.random.key(1), base), optax.adam(1e-2)
+        kept = jax.jit(functools.partial(adapter.prepare, WIDE))(base) if isinstance(adapter, QLora) else base
+        own = jax.jit(functools.partial(adapter.init, WIDE))(jax.random.key(1), base)
+        optimizer = optax.adam(1e-2)
 
         def loss(own: Tree, kept: Tree, adapter: Lora = adapter) -> jax.Array:
             logits = Transformer(WIDE).apply({"params": adapter.apply(WIDE, kept, own)}, TOKENS[:, :-1])
@@ -78,11 +81,10 @@ def test_its_loss_comes_close_to_that_of_lora_on_the_base_in_floating_point() ->
                 updates, state = optimizer.update(gradient, carry[1])
                 return (optax.apply_updates(carry[0], updates), state), value
 
-            return jax.lax.scan(step, (own, optimizer.init(own)), None, length=60)[1]
+            return jax.lax.scan(step, (own, optimizer.init(own)), None, length=40)[1]
 
         losses[type(adapter)] = np.asarray(train(own, kept))
     float_base, quantised = losses[Lora], losses[QLora]
-    print(float_base[[0, 20, 59]], quantised[[0, 20, 59]])
     assert quantised[-1] < 0.25 * quantised[0]
     assert abs(quantised[-1] - float_base[-1]) < 0.05 * float_base[0]
 
@@ -90,4 +92,4 @@ def test_its_loss_comes_close_to_that_of_lora_on_the_base_in_floating_point() ->
 def test_settings_that_cannot_be_are_named() -> None:
     for fields, because in (({"kind": "int3"}, "QLora.kind"), ({"block": 7}, "QLora.block")):
         with pytest.raises(ValueError, match=because):
-            QLora(**fields)  # type: ignore[arg-type]
+            QLora(**fields)
