@@ -8,18 +8,15 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
 
 from t5style import run_dir
 from t5style.infer import storage
 from t5style.infer.ids import TokenIds, token_ids
 from t5style.models import adapters
+from t5style.models.adapters_merge import merge_adapters
 from t5style.models.config import TransformerConfig
-from t5style.models.params import abstract_params
-from t5style.parallel.rules import path_name
 from t5style.train import checkpoint
 
 FORMATS = ("run", "huggingface")
@@ -39,48 +36,15 @@ def has_adapter(path: str) -> bool:
 
 
 def read(path: str) -> storage.Stored:
-    """A model with all its parameters, and no others: what low-rank adapters add is added.
+    """A model with all its parameters, and no others: adapters are merged into what they adapt.
 
     Raises:
-      UserError: it has adapters of another kind.
+      UserError: there is no model, or it has an adapter that cannot be merged.
     """
     stored = storage.load(path)
-    tree = folded(stored.params)
-    wanted, found = (_names(each) for each in (abstract_params(stored.config), tree))
-    if left := sorted(wanted ^ found):
-        raise run_dir.UserError(
-            f"{path} has {left[0]} beside a model's parameters: of adapters only low-rank ones (LoRA, DoRA) "
-            "can be "
-            "added to what they adapt. Take the model without it"
-        )
-    return dataclasses.replace(stored, params=tree)
-
-
-def _names(tree: Any) -> set[str]:
-    return {path_name(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def folded(params: Any, path: tuple[str, ...] = ()) -> Any:
-    """The parameters of a model with low-rank adapters, as those of one without: W + s A B for W, its columns
-    scaled to DoRA's magnitudes (models/adapters.Lora).
-
-    Args:
-      params: nested dict; of stacked layers if `path`, where it lies, has 'layers' in it.
-    """
-    if not isinstance(params, Mapping):
-        return params
-    if "lora_a" not in params:
-        return {name: folded(part, (*path, name)) for name, part in params.items()}
-    left, right, kernel = (np.asarray(params[name], np.float32) for name in ("lora_a", "lora_b", "kernel"))
-    lead = kernel.shape[:1] if {"layers", "moe_layers"} & {*path} else ()
-    rank = left.shape[-1]
-    product = left.reshape(*lead, -1, rank) @ right.reshape(*lead, rank, -1)  # [layers, inner, outer]
-    kernel = kernel.reshape(product.shape) + product
-    if "lora_magnitude" in params:
-        norm = np.linalg.norm(kernel, axis=-2, keepdims=True)  # [layers, 1, outer]
-        kernel *= np.asarray(params["lora_magnitude"], np.float32).reshape(norm.shape) / norm
-    rest = {name: value for name, value in params.items() if not name.startswith("lora_")}
-    return rest | {"kernel": kernel.reshape(params["kernel"].shape)}
+    if not has_adapter(path):
+        return stored
+    return dataclasses.replace(stored, params=merge_adapters(stored.config, stored.params))
 
 
 def write(

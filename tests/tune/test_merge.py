@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 
 import t5style
-from t5style.infer.model import Model
 from t5style.infer.storage import Stored
 from t5style.models.adapters import Lora
+from t5style.models.adapters_merge import merge_adapters
 from t5style.models.params import abstract_params
+from t5style.parallel.mesh import MeshConfig
 from t5style.run_dir import RunDir, UserError
 from t5style.tune import merging, write_model
 from t5style.tune.merge import Merge
+from t5style.tune.supervised import Finetune
 from tests.evaluate import tiny_task
 
 CONFIG = tiny_task.model(decoder_only=True)
@@ -128,23 +130,28 @@ def test_ties_of_whole_models_with_dare_is_the_same_in_any_order(models, tmp_pat
     assert found.vocabulary == tiny_task.VOCABULARY
 
 
-def test_adapters_are_merged_by_what_they_add(models, tmp_path):
-    """As they compute, with DoRA's magnitudes too."""
-    plain = t5style.load(models[0])
-    tokens = {"tokens": [[3, 5, 9]]}
-    for dora in (False, True):
-        adapter, random = Lora(rank=2, alpha=3.0, dora=dora), np.random.default_rng(0)
-        own = jax.tree.map(
-            lambda leaf, random=random: leaf + random.normal(size=leaf.shape).astype(np.float32) * 0.1,
-            adapter.init(CONFIG, jax.random.key(0), plain.params),
-        )
-        whole = adapter.apply(CONFIG, plain.params, own)
-        logits = [
-            Model(CONFIG, params).logits(**tokens)
-            for params in (plain.params, whole, write_model.folded(whole))
-        ]
-        np.testing.assert_allclose(logits[1], logits[2], atol=1e-3, rtol=1e-4)
-        assert np.abs(logits[0] - logits[1]).max() > 0.1
+def test_adapter_runs_are_merged_by_what_they_add(models, tmp_path):
+    store = tiny_task.make_store(str(tmp_path / "store"))
+    job = Finetune(
+        task=tiny_task.task(store),
+        init_from=models[0],
+        adapter=Lora(rank=2, dora=True),
+        mesh=MeshConfig(devices=1),
+        **tiny_task.settings(2, 1e-1),
+    )
+    job(RunDir(tmp_path / "tuned").create())
+    base, tuned = t5style.load(models[0]), t5style.load(tmp_path / "tuned")
+    twice = {
+        "models": [str(tmp_path / "tuned")],
+        "base": models[0],
+        "method": "task_arithmetic",
+        "weights": [2.0],
+    }
+    found = merged(tmp_path / "twice", **twice)
+    whole = merge_adapters(base.config, tuned.params)
+    same(found, jax.tree.map(lambda a, b: a + 2 * (b - a), base.params, whole), atol=1e-5)
+    kernels = [tree["decoder"]["layers"]["mlp"]["output"]["kernel"] for tree in (found, base.params)]
+    assert np.abs(kernels[0] - kernels[1]).max() > 1e-3
 
 
 def test_what_cannot_be_merged_is_refused(models, tmp_path):
