@@ -57,6 +57,7 @@ def tokenize(
     add_generation_prompt: bool = False,
     escape: bool = False,
     assistant_mask: bool = True,
+    last_turn: bool = False,
     now: datetime.datetime | None = None,
     **variables: Any,
 ) -> Tokenized:
@@ -66,6 +67,7 @@ def tokenize(
       escape: no text that was given becomes a special token (see the module's text). Added tokens that are
         not special (`<think>`) count too if the template writes them, except in the assistant's own messages.
       assistant_mask: False: all False, and templates whose turns cannot be found are not refused.
+      last_turn: only the last message's tokens are the assistant's; the others' turns are not looked for.
 
     Raises:
       UserError: as render; or the assistant's turns cannot be found.
@@ -81,7 +83,8 @@ def tokenize(
     text, spans = rendered(template, given, now=now, spans=wanted and tagged, marks=marks[:2])
     if wanted and not tagged:
         names = special_tokens(vocabulary)
-        spans = _turns(template, given, text, now, names)
+        spans = _turns(template, given, text, now, names, len(messages) - 1 if last_turn else 0)
+    spans = spans[-1:] if last_turn else spans
     ids, places = encode(vocabulary, text)
     keep = np.ones(len(ids), bool)
     if escape:
@@ -100,13 +103,14 @@ def _turns(
     text: str,
     now: datetime.datetime,
     names: Iterable[str],
+    first: int,
 ) -> list[Span]:
-    """Where the assistant's turns stand in the text, by prefixes."""
+    """Where the assistant's turns, from message `first` on, stand in the text, by prefixes."""
     ends = tuple(names)
     spans = []
     messages = given["messages"]
     for number, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or number < first:
             continue
         parts = []
         for count, prompt in ((number, True), (number + 1, False)):

@@ -332,15 +332,14 @@ class Tokenizer:
             return "no answer of the assistant after a prompt"
         turns = turns[-1:] if self.learn == "completion" else turns
         if self.is_decoder_only and self.template is not None:
-            found = self._in_template(example.messages[: turns[-1] + 1])
+            last = self.learn == "completion"
+            found = self._in_template(example.messages[: turns[-1] + 1], last_turn=last)
             mask = found.assistant_mask.astype(np.int32)
             if not mask.any():
                 raise UserError(
                     f"{self.template.name} leaves the assistant's turns out: example {example.id} has "
                     "nothing to learn. Give another template, or '' for none."
                 )
-            if self.learn == "completion":
-                mask = _last_run(mask)
             end = int(np.flatnonzero(mask)[-1]) + 1  # what follows the last answer nobody generates
             return [{"tokens": found.ids[:end], "mask": mask[:end]}]
         made: list[Tokens] = []
@@ -391,23 +390,10 @@ class Tokenizer:
         if self.template is None or not self.is_decoder_only:
             return np.asarray([*self.vocabulary.encode(text), self.vocabulary.eos_id], np.int32)
         whole = [*messages, {"role": "assistant", "content": text}]
-        found = self._in_template(whole)
-        mask = _last_run(found.assistant_mask.astype(np.int32))
-        if not mask.any():
+        found = self._in_template(whole, last_turn=True)
+        learned = np.flatnonzero(found.assistant_mask)
+        if not len(learned):
             raise UserError(f"{self.template.name} leaves the assistant's turn out: give another template.")
-        learned = np.flatnonzero(mask)
         if not np.array_equal(found.ids[: learned[0]], prompt):
             return "the template writes the prompt otherwise when an answer follows"
         return np.asarray(found.ids[learned[0] : learned[-1] + 1], np.int32)
-
-
-def _last_run(mask: np.ndarray) -> np.ndarray:
-    """The mask with its last run of ones alone."""
-    before = np.flatnonzero(mask == 0)
-    ones = np.flatnonzero(mask)
-    if not len(ones):
-        return mask
-    starts = before[before < ones[-1]]
-    kept = mask.copy()
-    kept[: starts[-1] + 1 if len(starts) else 0] = 0
-    return kept

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pathlib
+import tempfile
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from t5style.corpus.vocabulary import CharacterVocabulary
 from t5style.data.objectives import Chat, Preferences, Supervised, Unpaired, objective_for
@@ -156,3 +159,39 @@ def test_a_curriculum_of_lengths(tmp_path: pathlib.Path) -> None:
     sizes = [(made.batch_at(n)["decoder_segment_ids"] > 0).sum(axis=1).tolist() for n in (0, 1)]
     assert sizes[0] == [1, 2, 3, 4]
     assert sorted(sizes[1]) == [1, 2, 3, 4]
+
+
+@hypothesis.settings(deadline=None, max_examples=5, derandomize=True)
+@hypothesis.given(st.lists(st.tuples(st.integers(2, 9), st.integers(1, 8)), min_size=1, max_size=12))
+def test_packed_conversations_and_pairs_keep_every_token(sizes: list[tuple[int, int]]) -> None:
+    """Sizes: of conversations and of the part that is not learnt, cut to leave something."""
+    random = np.random.default_rng(len(sizes))
+    chats, pairs = [], []
+    for size, unlearnt in sizes:
+        tokens, other = random.integers(3, VOCABULARY.vocab_size, (2, size)).tolist()
+        learnt = min(unlearnt, size - 1)
+        chats.append({"tokens": tokens, "mask": [0] * learnt + [1] * (size - learnt)})
+        pairs.append({"prompt": tokens[:learnt], "chosen": tokens[learnt:], "rejected": other[:-1] or other})
+    with tempfile.TemporaryDirectory() as folder:
+        made = source(store(pathlib.Path(folder) / "chats", chats), Chat(), 3, 9, shuffle=True)
+        found = []
+        for batch in map(made.evaluation_batch_at, range(made.evaluation_batches)):
+            for row, ids in enumerate(batch["decoder_segment_ids"]):
+                for segment in range(1, ids.max(initial=0) + 1):
+                    where = ids == segment
+                    first = batch["decoder_input_tokens"][row][where][0]
+                    tokens = [first, *batch["decoder_target_tokens"][row][where]]
+                    np.testing.assert_array_equal(batch["decoder_input_tokens"][row][where], tokens[:-1])
+                    found.append((tokens, [0, *batch["decoder_loss_weights"][row][where]]))
+        expected = [(chat["tokens"], chat["mask"]) for chat in chats]
+        assert sorted(found) == sorted(expected)
+        made = source(store(pathlib.Path(folder) / "pairs", pairs), Preferences(), 2, 17)
+        for n in range(made.evaluation_batches):
+            batch = made.evaluation_batch_at(n)
+            for row, number in enumerate(batch["example"]):
+                real = batch["decoder_segment_ids"][row].any(axis=1)
+                for side, name in enumerate(("chosen", "rejected")):
+                    if real[side]:
+                        weights = batch["decoder_loss_weights"][row, side] > 0
+                        answer = batch["decoder_target_tokens"][row, side][weights]
+                        assert answer.tolist() == pairs[number][name]
