@@ -83,10 +83,12 @@ class RewardScorer:
         vocabulary = self.vocabulary
         end = [vocabulary.eos_id]
         before, behind = ([], end) if self.config.architecture != DECODER_ONLY else ([self.prefix], [])
-        if special_tokens:
-            read = [[*chat_tokens.encode(vocabulary, prompt)[0], *behind] for prompt in prompts]
-        else:
-            read = [[*before, *vocabulary.encode(prompt), *behind] for prompt in prompts]
+        read = []
+        for prompt in prompts:
+            plain = vocabulary.encode(prompt)
+            ids = chat_tokens.encode(vocabulary, prompt)[0] if special_tokens else plain
+            # What a template wrote begins as it shall; nothing else has special tokens in it.
+            read.append([*(before if ids == plain else ()), *ids, *behind])
         return self.tokens(read, [[*vocabulary.encode(answer), *end] for answer in answers])
 
     def tokens(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> np.ndarray:
