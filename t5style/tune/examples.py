@@ -103,8 +103,7 @@ class Examples:
         Raises:
           UserError: no file, no record of a known shape, or a template that cannot be used.
         """
-        place = located(self.model)
-        tokenizer = Tokenizer.of(place, self.template, self.learn)
+        tokenizer = Tokenizer.of(located(self.model), self.template, self.learn)
         (epath.Path(run.path) / MANIFEST).unlink(missing_ok=True)
         kind, rejected = self.kind, list[Rejected]()
         counts: collections.Counter[str] = collections.Counter()
@@ -133,18 +132,18 @@ class Examples:
                 if isinstance(item, Rejected):
                     rejected.append(item)
                     continue
-                example, kind = item
+                example, kind, place = item
                 try:
                     made = tokenizer.tokens(example, kind)
                 except _Refused as refusal:
                     made = str(refusal)
                     refused += 1
                     if writer is None and refused == _REFUSALS:
-                        raise self._nothing([*rejected, Rejected(example.id, 0, made)]) from None
+                        raise self._nothing([*rejected, Rejected(*place, made)]) from None
                 if has_margin is not None and has_margin != (example.margin is not None):
                     made = "a pair with a margin" if example.margin is not None else "a pair without a margin"
                 if isinstance(made, str):
-                    rejected.append(Rejected(example.id, 0, made))
+                    rejected.append(Rejected(*place, made))
                     continue
                 if writer is None:
                     has_margin = example.margin is not None
@@ -195,8 +194,8 @@ class Examples:
             writer.add_split(split)
         return writer
 
-    def _examples(self, kind: str | None) -> Iterator[Rejected | tuple[Example, str]]:
-        """What each record says, or why nothing."""
+    def _examples(self, kind: str | None) -> Iterator[Rejected | tuple[Example, str, tuple[str, int]]]:
+        """What each record says, as what and where it stands (a tree's answer: its id); or why nothing."""
         rows: list[Mapping[str, Any]] = []
         read = 0
         for file, line, record in conversations.records(self.paths):
@@ -221,9 +220,12 @@ class Examples:
                 yield Rejected(file, line, made)
             else:
                 for example in made:
-                    yield self._with_system(example), kind
+                    yield self._with_system(example), kind, (file, line)
         for answer in conversations.tree(rows):
-            yield answer if isinstance(answer, Rejected) else (self._with_system(answer), "chat")
+            if isinstance(answer, Rejected):
+                yield answer
+            else:
+                yield self._with_system(answer), "chat", (answer.id, 0)
 
     def _with_system(self, example: Example) -> Example:
         if self.system is None or example.messages[0]["role"] == "system":

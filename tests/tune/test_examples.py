@@ -136,6 +136,8 @@ def test_what_is_refused(models: tuple[str, str], tmp_path: pathlib.Path) -> Non
     figures = Examples(chat, models[0], template=strict, validation=0.0)(run)
     assert figures["examples"] == {"train": 2}
     assert list(figures["set_aside"]) == ["the chat template, line 1: not so"]
+    aside = json.loads((run.path / "quarantine.jsonl").read_text())
+    assert (aside["file"], aside["line"]) == (chat, 2)
     with pytest.raises(UserError, match=r"no example to learn from .*3 the chat template, line 1: never"):
         Examples(chat, models[0], template="{{ raise_exception('never') }}")(run)
     with pytest.raises(UserError, match="there is no model"):
