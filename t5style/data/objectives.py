@@ -292,6 +292,7 @@ class Preferences:
         (pair_rows.margin_tokens); batches then have `margin` float32 `[pairs]`.
       on_overlong: "truncate" cuts answers at their end (they keep at least half of a decoder-only row) and
         the prompt, of a decoder-only model at its beginning, the same for both answers; "drop"; "error".
+        Pairs with an answer of no tokens are dropped in any case.
     """
 
     prompt: str = "prompt"

@@ -10,6 +10,7 @@ import numpy as np
 from t5style.data.objectives import DECODER_ONLY, Examples, Preferences, Unpaired
 from t5style.data.random import seed_of
 from t5style.data.rows import TaskRows
+from t5style.run_dir import UserError
 
 WIDTH = 2  # answers to an example
 
@@ -31,13 +32,18 @@ class PairRows(TaskRows):
         self._encoder, self._decoder = lengths.get("encoder", 0), lengths["decoder"]
         if isinstance(objective, Preferences):
             self._answers = (objective.chosen, objective.rejected)
-            source = self._sizes(objective.prompt, *self._answers)
+            parts: tuple[str, ...] = (objective.prompt, *self._answers)
+            if objective.margin in self.store.features:
+                self._check_numbers(objective.margin, 32)
         else:
             self._answers = (objective.completion, objective.completion)
-            source = self._sizes(objective.prompt, objective.completion)
+            parts = (objective.prompt, objective.completion)
+            self._check_numbers(objective.desirable, 1)
+        source = self._sizes(*parts)
         self._all, fitted = source, self._cut(source)
         cut = np.asarray((fitted < source).any(axis=1))
-        dropped = self._left_out(objective.on_overlong, source, cut, lengths)
+        dropped = self._left_out(objective.on_overlong, source, cut, lengths, dict(enumerate(parts)))
+        dropped |= (source[:, 1:] == 0).any(axis=1)  # an answer without a token has no likelihood
         # Nothing is packed: for the plan a pair fills its row.
         whole = np.tile([self._encoder, self._decoder], (len(source), 1))
         self._plan_rows(whole, whole, cut, dropped, lengths, (self._encoder, self._decoder), False)
@@ -48,6 +54,20 @@ class PairRows(TaskRows):
         order = np.random.default_rng(seed_of(self.seed, "other answers")).permutation(members)
         self._others = np.full(len(source), -1)
         self._others[order] = np.roll(order, 1)
+
+    def _check_numbers(self, feature: str, size: int) -> None:
+        """Raises UserError where an example has not `size` tokens of a feature, a single one not 0 or 1."""
+        sizes = self.store.lengths(self.split, feature)
+        wrong = sizes != size
+        if size == 1 and not wrong.any():
+            values = self.store.read(self.split, feature, np.zeros(1, np.int64), sizes.sum(keepdims=True))
+            wrong = (values != 0) & (values != 1)
+        if wrong.any():
+            raise UserError(
+                f"Task {self.task.name!r}: feature {feature!r} of example {int(np.flatnonzero(wrong)[0])} of "
+                f"split {self.split!r} is no {'single 0 or 1' if size == 1 else f'{size} bits'}; make the "
+                "store with tune.examples.Examples."
+            )
 
     def _cut(self, source: np.ndarray) -> np.ndarray:
         """Lengths int64 [examples, 1 + answers] of prompts and answers that fit."""

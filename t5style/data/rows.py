@@ -182,12 +182,14 @@ class TaskRows:
         limits = (lengths.get("encoder", 0), lengths["decoder"])
         if isinstance(objective, Chat):
             source, fitted, lost = self._conversations(objective, limits)
+            parts = {1: ""}
         else:
             source = self._sizes(objective.inputs, objective.targets)
+            parts = {0: "input", 1: "target"}
             fitted = self._fit(source, limits)
             lost = np.zeros(len(source), bool)
         cut = np.asarray((fitted < source).any(axis=1))
-        dropped = self._left_out(objective.on_overlong, source, cut, lengths) | lost
+        dropped = self._left_out(objective.on_overlong, source, cut, lengths, parts) | lost
         self._plan_rows(source, fitted, cut, dropped, lengths, limits, pack)
 
     def _sizes(self, *features: str) -> np.ndarray:
@@ -195,14 +197,24 @@ class TaskRows:
         return np.stack([self.store.lengths(self.split, feature) for feature in features], axis=1)
 
     def _left_out(
-        self, on_overlong: str, source: np.ndarray, cut: np.ndarray, lengths: Mapping[str, int]
+        self,
+        on_overlong: str,
+        source: np.ndarray,
+        cut: np.ndarray,
+        lengths: Mapping[str, int],
+        parts: Mapping[int, str],
     ) -> np.ndarray:
-        """Which examples are left out for their length: bool [examples]."""
+        """Which examples are left out for their length: bool [examples]. parts: columns of `source` that an
+        error tells of, and their names.
+        """
         if cut.any() and on_overlong == "error":
             example = int(np.flatnonzero(cut)[0])
+            sizes = " and ".join(
+                f"{source[example, column]} {name}".strip() for column, name in parts.items()
+            )
             raise UserError(
                 f"Task {self.task.name!r}: example {example} of split {self.split!r} has "
-                f"{' and '.join(map(str, source[example]))} tokens, more than the lengths {dict(lengths)} "
+                f"{sizes} tokens, more than the lengths {dict(lengths)} "
                 "take; raise the lengths, or set on_overlong to 'truncate' or 'drop'."
             )
         return np.asarray(cut & (on_overlong == "drop"))
@@ -220,6 +232,11 @@ class TaskRows:
         """Which examples share a row, and what is told of it."""
         members = np.arange(len(source)) if self.order is None else self.order
         members = members[np.flatnonzero(~dropped[members])]
+        if not len(members) and not (cut & dropped).any():
+            raise UserError(
+                f"Task {self.task.name!r}: none of the {len(source)} examples of split {self.split!r} has "
+                "anything to learn: their masks are 0 everywhere, or answers are empty."
+            )
         if not len(members):
             raise UserError(
                 f"Task {self.task.name!r}: all {len(source)} examples of split {self.split!r} are longer "
@@ -246,7 +263,7 @@ class TaskRows:
         encoder, decoder = packing.efficiency(sizes, limits, self._plan)
         self.statistics |= {
             "rows": self.train_rows,
-            "cut": int(cut.sum() - dropped.sum()),
+            "cut": int((cut & ~dropped).sum()),
             "dropped": int(dropped.sum()),
             "packing_efficiency_encoder": encoder,
             "packing_efficiency_decoder": decoder,
@@ -338,6 +355,11 @@ class TaskRows:
         for members in np.array_split(np.arange(len(source)), len(source) // 4096 + 1):
             lengths = fitted[members, 1]
             mask = self.store.read(self.split, objective.mask, starts[members] + 1, lengths)
+            if ((mask != 0) & (mask != 1)).any():
+                raise UserError(
+                    f"Task {self.task.name!r}: the mask {objective.mask!r} of split {self.split!r} holds "
+                    f"{int(mask[(mask != 0) & (mask != 1)][0])}; it must be 1 for what is learnt, else 0."
+                )
             lost[members] = np.add.reduceat(mask, np.cumsum(lengths) - lengths) == 0
         return source, fitted, lost
 

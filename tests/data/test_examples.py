@@ -59,7 +59,7 @@ def test_conversations_share_rows_and_learn_what_the_mask_says(tmp_path: pathlib
     assert rows["decoder_positions"] == [0, 1, 0, 1]
     statistics = source(folder, Chat(), 1, 4).statistics["t"]
     assert (statistics["dropped"], statistics["rows"]) == (1, 1)
-    with pytest.raises(UserError, match=r"example 2 of split 'train' has 0 and 5 tokens, more than"):
+    with pytest.raises(UserError, match=r"example 2 of split 'train' has 5 tokens, more than"):
         source(folder, Chat(on_overlong="error"), 1, 4)
     with pytest.raises(UserError, match="all 3 examples of split 'train' are longer"):
         source(folder, Chat(on_overlong="drop"), 1, 1)

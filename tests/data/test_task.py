@@ -59,5 +59,7 @@ def test_orders() -> None:
     assert (easy_first.split_order("train"), easy_first.split_order("validation")) == ("curriculum", "")
     other = Task("t", "/nowhere", CausalLM(), order={"test": "run:x/order.npy"})
     assert (other.split_order("train"), other.split_order("test")) == ("", "run:x/order.npy")
-    with pytest.raises(ValueError, match=r"has order 'easy'; it must be '', 'stored', 'curriculum', or the"):
+    with pytest.raises(
+        ValueError, match=r"has order 'easy'; it must be '', 'stored', 'curriculum', 'length'"
+    ):
         Task("t", "/nowhere", CausalLM(), order="easy")
