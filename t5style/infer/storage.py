@@ -17,7 +17,6 @@ from jax.sharding import Mesh
 from t5style.corpus import vocabulary as vocabulary_lib
 from t5style.corpus.vocabulary import SentencePieceVocabulary, TokenizerVocabulary, Vocabulary
 from t5style.infer import embedding, gguf_vocabulary
-from t5style.infer.adapters import Adapted, Held
 from t5style.infer.embedding import Embedding
 from t5style.infer.ids import TokenIds, token_ids
 from t5style.models import adapters, convert, peft, t5x
@@ -38,6 +37,15 @@ MODEL_FILE, VOCABULARY_FOLDER, CHECKPOINTS, IDS = "model.json", "vocabulary", "c
 # In the order they are looked for. A SentencePiece model comes first: reading it needs no optional library.
 TOKENIZER_FILES = ("vocabulary.json", "spiece.model", "tokenizer.model", "tokenizer.json")
 T5_EXTRA_IDS = 100  # transformers' default; spiece.model does not hold the sentinels
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """An adapter in memory: its settings, its own parameters, and where it comes from."""
+
+    adapter: Adapter
+    own: Any
+    path: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +223,9 @@ def _trained(
     heads = tuple(checkpoint.read_metadata(checkpoint.find(folder)).get("heads", ()))
     trained = Trained(config, adapter, heads)
     abstract = state_lib.abstract_params(trained)
-    shardings = None if mesh is None else param_shardings(state_lib.logical_axes(trained), abstract, mesh)
+    axes, shardings = state_lib.logical_axes(trained), None
+    if mesh is not None:
+        shardings = param_shardings(axes, abstract, mesh, part=adapter is not None)
     own = checkpoint.restore_params(folder, shardings, dtype, abstract)
     return {name: value for name, value in own.items() if name not in heads}
 
@@ -245,12 +255,12 @@ def with_adapter(stored: Stored, path: PathLike, place: str) -> Stored:
     return dataclasses.replace(stored, params=params, base=base, held=held)
 
 
-def load_adapter(path: PathLike, model: Stored | Adapted, base: Any, place: str) -> Held:
+def load_adapter(path: PathLike, model: Any, base: Any, place: str) -> Held:
     """An adapter for a model.
 
     Args:
       path: a run folder or checkpoint in which it was trained, or a directory of PEFT's.
-      model: the model.
+      model: the model (a Stored, or infer.model.Model): its config, family and mesh.
       base: its parameters without an adapter.
       place: where these come from.
 
@@ -261,7 +271,7 @@ def load_adapter(path: PathLike, model: Stored | Adapted, base: Any, place: str)
     if peft.is_adapter(folder):
         adapter, own = peft.load(folder, model.config, model.family)
         if mesh is not None:
-            own = jax.device_put(own, param_shardings(adapter.axes(model.config), own, mesh))
+            own = jax.device_put(own, param_shardings(adapter.axes(model.config), own, mesh, part=True))
         return Held(adapter, own, os.fspath(folder))
     run = _run_folder(folder) if folder.exists() else None
     if run is None or not (run / adapters.FILE).exists():

@@ -148,7 +148,9 @@ def _parameter_entries(axes: LogicalAxes, mesh: Mesh, rules: Rules) -> list[tupl
     return entries
 
 
-def param_shardings(logical_axes: Any, abstract_params: Any, mesh: Mesh, rules: Rules | None = None) -> Any:
+def param_shardings(
+    logical_axes: Any, abstract_params: Any, mesh: Mesh, rules: Rules | None = None, *, part: bool = False
+) -> Any:
     """Tree of NamedShardings for a tree of parameters; nothing is allocated.
 
     Args:
@@ -156,6 +158,7 @@ def param_shardings(logical_axes: Any, abstract_params: Any, mesh: Mesh, rules: 
       abstract_params: the parameters, or ShapeDtypeStructs of them.
       mesh: where they go.
       rules: the table; None for the defaults.
+      part: these are an adapter's: a mesh axis that divides none of them divides its base.
 
     Raises:
       ValueError: the trees differ, a dimension does not divide by its mesh axes, or a mesh axis divides
@@ -176,7 +179,7 @@ def param_shardings(logical_axes: Any, abstract_params: Any, mesh: Mesh, rules: 
     used = {axis for one in specs for entry in one for axis in _as_tuple(entry)}
     used.update(rules.activation_axes("batch"), rules.activation_axes("length"))
     for axis, size in mesh.shape.items():
-        if size > 1 and axis not in used:
+        if size > 1 and axis not in used and not part:
             raise ValueError(
                 f"The mesh axis {axis}={size} divides nothing in this model, so {size} groups of devices "
                 f"would all do the same work: set {axis}=1."

@@ -115,7 +115,8 @@ def state_shardings(
     Raises:
       ValueError: a parameter's dimension does not divide by its mesh axes.
     """
-    params = rules_lib.param_shardings(logical_axes(model), abstract.params, mesh, rules)
+    part = _trained(model).adapter is not None
+    params = rules_lib.param_shardings(logical_axes(model), abstract.params, mesh, rules, part=part)
     whole = mesh_lib.replicated(mesh)
     shapes = {keys: leaf.shape for keys, leaf in jax.tree_util.tree_flatten_with_path(abstract.params)[0]}
     where = dict(jax.tree_util.tree_flatten_with_path(params)[0])
