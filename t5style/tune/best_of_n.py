@@ -9,12 +9,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-import t5style
 from t5style import console
 from t5style.data.objectives import Supervised
 from t5style.data.task import Task
 from t5style.infer.chat import located
-from t5style.infer.model import Model
+from t5style.infer.model import Model, load
 from t5style.parallel.mesh import MeshConfig
 from t5style.run_dir import RunDir
 from t5style.tune import rollouts, scoring
@@ -81,7 +80,7 @@ class BestOfN:
 
     def __call__(self, run: RunDir) -> dict[str, Any]:
         """Draws, scores and writes; returns rewards by number of answers, and how many were kept."""
-        model = t5style.load(located(self.model), mesh=self.mesh)
+        model = load(located(self.model), mesh=self.mesh)
         figures: dict[str, Any] = {}
         failure = -math.inf if self.reward_failure is None else self.reward_failure
         everything: list[Sample] = []
