@@ -15,9 +15,10 @@ from typing import Any, Self
 import jax
 from jax.sharding import Mesh
 
+from t5style.infer import storage
 from t5style.infer.batch import on_mesh
 from t5style.infer.engine import Engine
-from t5style.models.adapters import Adapter
+from t5style.infer.storage import Held
 from t5style.models.adapters_merge import merge_adapters
 from t5style.models.config import TransformerConfig
 from t5style.models.params import unstack_layers
@@ -25,15 +26,6 @@ from t5style.run_dir import PathLike
 
 BASE = "base"  # the name of no adapter
 LOADED = "default"  # the name of the one that a model was loaded with
-
-
-@dataclasses.dataclass(frozen=True)
-class Held:
-    """An adapter in memory: its settings, its own parameters, and where it comes from."""
-
-    adapter: Adapter
-    own: Any
-    path: str
 
 
 def overlay(base: Any, whole: Any) -> Any:
@@ -131,8 +123,6 @@ class Adapted:
         Raises:
           UserError: there is no adapter, it is damaged, or it belongs to another base.
         """
-        from t5style.infer import storage  # which makes what this file describes
-
         if name == BASE or not name:
             raise ValueError(f"an adapter cannot have the name {name!r}: that is the model without one")
         self.adapters[name] = storage.load_adapter(path, self, self.base, self.path)

@@ -22,7 +22,9 @@ from t5style.run_dir import RunDir, UserError, atomic_write
 OUTPUT = "generations.jsonl"
 PARTIAL = "generations.partial.jsonl"
 PROMPT_FIELDS = ("prompt", "inputs")
-SETTINGS = tuple(field.name for field in dataclasses.fields(Settings) if field.name != "constraint")
+SETTINGS = tuple(
+    field.name for field in dataclasses.fields(Settings) if field.name not in ("constraint", "tempered")
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from t5style.corpus.vocabulary import Vocabulary
 from t5style.infer import adapters, beams, requests, scoring, speculative, storage, virtual
-from t5style.infer.adapters import Adapted, AdaptedEngine, Held
+from t5style.infer.adapters import Adapted, AdaptedEngine
 from t5style.infer.answers import Completion, Stream, answer_all, completion
 from t5style.infer.batch import (
     batch_bucket,
@@ -74,7 +74,7 @@ class Model(Adapted):
         family: str | None = None,
         embedding: Embedding | None = None,
         base: Any = None,
-        held: dict[str, Held] | None = None,
+        held: dict[str, storage.Held] | None = None,
     ) -> None:
         if vocabulary is not None and vocabulary.vocab_size > config.vocab_size:
             raise UserError(
