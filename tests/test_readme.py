@@ -53,6 +53,14 @@ SHAKESPEARE = [
     "--gin.TransformerConfig.d_ff=32",
     "--gin.TransformerConfig.decoder_layers=1",
 ]
+TUNING = [
+    "--gin.STEPS=2",
+    "--gin.BATCH_SIZE=2",
+    "--gin.EVAL_EVERY=2",
+    "--gin.WARMUP_STEPS=1",
+    "--gin.LENGTHS={'encoder': 32, 'decoder': 32}",
+    "--gin.MeshConfig.devices=1",
+]
 # The start of each command → what is appended to it. A command is matched by the longest start that fits.
 RUN = {
     (*MAIN, "--gin_file=experiments/quickstart.gin"): QUICKSTART,
@@ -80,6 +88,16 @@ RUN = {
         "--gin.TransformerConfig.num_kv_heads=2",
     ],
     (*MAIN, "--gin_file=gin/runs/chat.gin"): [],
+    (*MAIN, "--gin_file=gin/runs/finetune.gin"): TUNING,
+    (*MAIN, "--gin_file=gin/runs/dpo.gin"): TUNING,
+    (*MAIN, "--gin_file=experiments/arithmetic_grpo.gin"): [
+        "--gin.PRETRAIN_STEPS=2",
+        "--gin.STEPS=1",
+        "--gin.Reinforce.prompts=4",
+        "--gin.Reinforce.group=4",
+        "--gin.Reinforce.eval_prompts=8",
+        "--gin.Pretrain.eval_batches=1",
+    ],
     ("XLA_FLAGS=--xla_force_host_platform_device_count=8", *MAIN): [],
     ("python", "experiments/benchmarks/train_step.py"): [
         "--workload=tiny",
@@ -212,6 +230,10 @@ def test_commands_run(tmp_path):
     (tmp_path / "more/text.txt").write_text(manual[8])
     (tmp_path / "benchmarks/questions.txt").write_text(manual[9])
     (tmp_path / "erase.jsonl").write_text(json.dumps({"text": manual[8]}) + "\n")
+    asked = [{"prompt": f"define noun: {word}", "completion": f"what is {word}"} for word in syllables[:20]]
+    (tmp_path / "instruct.jsonl").write_text("".join(json.dumps(record) + "\n" for record in asked))
+    pairs = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": "nothing"} for r in asked]
+    (tmp_path / "preferences.jsonl").write_text("".join(json.dumps(record) + "\n" for record in pairs))
     for name in ("experiments", "gin"):
         (tmp_path / name).symlink_to(ROOT / name)  # as in a clone, but what is written lands here
     for command in commands():
