@@ -50,6 +50,7 @@ class Example:
       desirable: of unpaired whether the answer is.
       margin: of pairs how much better the chosen answer is; None where the record does not say.
       record: of prompts what rewards look at.
+      group: what shares its text, and so goes into one split: a record's or a tree's id; '' for `id` alone.
     """
 
     id: str
@@ -58,6 +59,7 @@ class Example:
     desirable: bool = True
     margin: float | None = None
     record: Record = dataclasses.field(default_factory=dict)
+    group: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,12 +174,13 @@ def example(record: Record, kind: str, id: str) -> list[Example] | str:
 
 def _chat(record: Record, id: str) -> list[Example]:
     if _is_tree(record):
-        return [made for made in tree(_rows(record["prompt"])) if isinstance(made, Example)]
+        return [made for made in tree(_rows(record["prompt"], id)) if isinstance(made, Example)]
     if "instances" in record:  # self-instruct
         return [
             Example(
                 f"{id}/{number}" if number else id,
                 _turns(_asked(record["instruction"], each.get("input")), _text(each["output"], "output")),
+                group=id,
             )
             for number, each in enumerate(record["instances"])
         ]
@@ -271,7 +274,7 @@ def tree(rows: Sequence[Record]) -> Iterator[Example | Rejected]:
         elif messages[0]["role"] == "assistant":
             yield Rejected(id, 0, "an answer to nothing")
         else:
-            yield Example(id, messages)
+            yield Example(id, messages, group=str(path[-1]["message_id"]))
 
 
 def row_of_tree(record: Record) -> str | None:
@@ -289,15 +292,15 @@ def _is_tree(record: Record) -> bool:
     return isinstance(prompt, Mapping) and "replies" in prompt
 
 
-def _rows(root: Record) -> list[Record]:
-    """The messages of a tree as rows."""
+def _rows(root: Record, name: str) -> list[Record]:
+    """The messages of a tree as rows; those without an id get one from the tree's name."""
     rows: list[Record] = []
     waiting: list[tuple[Record, Any]] = [(root, None)]
     while waiting:
         node, parent = waiting.pop()
         if problem := row_of_tree(node):
             raise ValueError(problem)
-        id = node.get("message_id", len(rows))
+        id = node.get("message_id") or f"{name}/{len(rows)}"
         rows.append({"message_id": id, "parent_id": parent, "role": node["role"], "text": node["text"]})
         waiting += [(reply, id) for reply in reversed(node.get("replies") or [])]
     return rows

@@ -28,6 +28,7 @@ from t5style.tune.prompts import RECORDS, write_lines
 TEMPLATES = "chat_templates"  # beside the store's splits
 TRAIN, VALIDATION = "train", "validation"
 LEARNED = ("assistant", "completion")
+NO_TOKENS = ("mask", "margin", "desirable")  # features that tell about the others
 
 _REFUSALS = 20  # of the chat template, before anything was taken, after which no more are tried
 
@@ -59,6 +60,7 @@ class Examples:
       phrasings: texts in which a record's fields are put, {'prompt': 'Translate: {en}', 'completion':
         '{fr}'}; of several one is drawn for each record (FLAN, Wei et al. 2022). None: records as they are.
       validation: share of the records that becomes the split validation, drawn by their ids; at least one.
+        All that comes of one record, or of one tree, is in one split.
       seed: of both draws.
       max_examples: stop after so many records; None: all.
     """
@@ -109,20 +111,21 @@ class Examples:
         counts: collections.Counter[str] = collections.Counter()
         sizes: collections.Counter[str] = collections.Counter()
         records: dict[str, list[Mapping[str, Any]]] = {TRAIN: [], VALIDATION: []}
-        held: tuple[float, Example, list[Tokens]] | None = None
+        held: tuple[float, list[tuple[Example, list[Tokens]]]] | None = None
         writer: TokenStoreWriter | None = None
-        refused = 0
+        refused = too_long = 0
+        context = tokenizer.stored.config.context_length
         has_margin: bool | None = None  # as the first pair, all must say how much better the chosen answer is
         began = time.monotonic()
 
         def add(split: str, example: Example, made: list[Tokens]) -> None:
+            nonlocal too_long
             assert writer is not None
             for tokens in made:
                 writer.add(split, tokens)
                 counts[split] += 1
-                sizes[split] += sum(
-                    len(ids) for name, ids in tokens.items() if name not in ("mask", "margin")
-                )
+                sizes[split] += sum(len(ids) for name, ids in tokens.items() if name not in NO_TOKENS)
+                too_long += context is not None and tokenizer.places(tokens) > context
             if kind == "prompts":
                 records[split].append(example.record)
 
@@ -148,20 +151,28 @@ class Examples:
                 if writer is None:
                     has_margin = example.margin is not None
                     writer = self._writer(run, tokenizer, kind, has_margin)
-                chance = conversations.chance(example.id, self.seed)
+                chance = conversations.chance(example.group or example.id, self.seed)
                 if chance < self.validation:
                     add(VALIDATION, example, made)
+                elif held is not None and chance == held[0]:
+                    held[1].append((example, made))
                 elif held is None or chance < held[0]:  # the first that validation would also take
-                    if held is not None:
-                        add(TRAIN, held[1], held[2])
-                    held = (chance, example, made)
+                    for one in held[1] if held is not None else ():
+                        add(TRAIN, *one)
+                    held = (chance, [(example, made)])
                 else:
                     add(TRAIN, example, made)
-            if writer is None or held is None:
+            if writer is None:
                 raise self._nothing(rejected)
-            add(VALIDATION if self.validation and not counts[VALIDATION] else TRAIN, held[1], held[2])
+            validates = counts[VALIDATION] > 0
+            for one in held[1] if held is not None else ():
+                add(VALIDATION if self.validation and not validates else TRAIN, *one)
             if not counts[TRAIN]:
-                raise self._nothing(rejected)
+                raise UserError(
+                    f"all {counts[VALIDATION]:,} examples of {', '.join(self.paths)} went into the split "
+                    f"validation (a share of {self.validation}, at least one record or tree), so that none "
+                    "is left to learn from: give more records, or set validation = 0.0."
+                )
         writer.__exit__(None, None, None)
         if kind == "prompts":
             for split, kept in records.items():
@@ -176,11 +187,16 @@ class Examples:
         if reasons:
             few = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common(5))
             console.say(f"    {len(rejected):,} records set aside in quarantine.jsonl: {few}")
+        if too_long:
+            console.say(
+                f"    {too_long:,} examples are longer than the model's context of {context:,} tokens"
+            )
         return {
             "kind": kind,
             "examples": dict(counts),
             "tokens": dict(sizes),
             "set_aside": dict(reasons),
+            "longer_than_context": too_long,
             "tokens_per_second": round(sum(sizes.values()) / max(seconds, 1e-9)),
             "fingerprint": writer.manifest["fingerprint"],
         }
@@ -307,6 +323,13 @@ class Tokenizer:
             "unpaired": ("prompt", "completion", "desirable"),
             "prompts": ("prompt",),
         }[kind]
+
+    def places(self, tokens: Tokens) -> int:
+        """The longest sequence that the model sees of an example."""
+        lengths = {name: len(ids) for name, ids in tokens.items() if name not in NO_TOKENS}
+        prompt = lengths.pop("prompt", 0)
+        longest = max(lengths.values(), default=0)
+        return prompt + longest if self.is_decoder_only else max(prompt, longest)
 
     def tokens(self, example: Example, kind: str) -> list[Tokens] | str:
         """What the store gets for an example; or why it gets nothing."""

@@ -11,11 +11,12 @@ from etils import epath
 from jax.sharding import Mesh
 
 from t5style import console, run_dir
+from t5style.corpus.vocabulary import Vocabulary
 from t5style.data.objectives import Objective, objective_for
 from t5style.data.pipeline import BatchSource
 from t5style.data.task import Mixture, Task
 from t5style.data.token_store import TokenStore
-from t5style.infer import chat_template, storage
+from t5style.infer import chat_template, chat_tokens, storage
 from t5style.infer.chat import located
 from t5style.models import adapters
 from t5style.models.adapters import Adapter
@@ -139,14 +140,19 @@ class Finetune(Pretrain):
     def _describe(self, run: run_dir.RunDir, source: BatchSource, frozen: Any) -> None:
         super()._describe(run, source, frozen)
         assert self.init_from is not None
-        # What the parent's texts begin and end with, and how its chats look: a template of the data first.
+        # What the parent's texts begin and end with, and how its chats look: a template of the data first,
+        # whose answers may end otherwise than the parent's.
         ids = storage.describe(self.init_from).ids
-        if ids is not None:
-            run_dir.atomic_write(run.path / storage.IDS, json.dumps(dataclasses.asdict(ids)) + "\n")
         for place in (*(f"{task.store}/{TEMPLATES}" for task in source.tasks), self.init_from):
             if templates := chat_template.of(place):
                 chat_template.save(templates, run.path / "vocabulary")
+                template = chat_template.choose(templates)
+                if ids is not None and template is not None and place != self.init_from:
+                    ends = (*ids.eos, *_ends(source.vocabulary, template))
+                    ids = dataclasses.replace(ids, eos=tuple(dict.fromkeys(ends)))
                 break
+        if ids is not None:
+            run_dir.atomic_write(run.path / storage.IDS, json.dumps(dataclasses.asdict(ids)) + "\n")
         if self.adapter is not None:
             described = adapters.describe(self.adapter, frozen["base"], self.init_from)
             run_dir.atomic_write(run.path / adapters.FILE, json.dumps(described, indent=1) + "\n")
@@ -156,6 +162,14 @@ class Finetune(Pretrain):
         abstract = state_lib.abstract_params(self.model)
         shardings = rules.param_shardings(state_lib.logical_axes(self.model), abstract, mesh, self.rules)
         return parent.load(self.init_from, self.model, abstract, shardings, source.vocabulary)
+
+
+def _ends(vocabulary: Vocabulary, template: chat_template.ChatTemplate) -> tuple[int, ...]:
+    """What closes an answer in a template; nothing where it does not take the question that tells."""
+    try:
+        return chat_tokens.stop_tokens(vocabulary, template)
+    except run_dir.UserError:
+        return ()
 
 
 def objective_of(store: TokenStore) -> Objective:

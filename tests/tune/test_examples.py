@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -82,7 +83,8 @@ def test_a_tuned_model_keeps_its_template_and_what_ends_its_answers(
     models: tuple[str, str], tmp_path: pathlib.Path
 ) -> None:
     store = RunDir(tmp_path / "data").create()
-    figures = Examples(lines(tmp_path / "chat.jsonl", CHAT), models[0])(store)
+    closed = TEMPLATE.replace("{{ eos_token }}", "<unk>")  # an end of turn that the parent does not know
+    figures = Examples(lines(tmp_path / "chat.jsonl", CHAT), models[0], template=closed)(store)
     assert figures["examples"] == {"train": 2, "validation": 1}
     run = RunDir(tmp_path / "tuned").create()
     mesh = MeshConfig(devices=1)
@@ -90,8 +92,34 @@ def test_a_tuned_model_keeps_its_template_and_what_ends_its_answers(
         init_from=models[0], store=str(store.path), steps=2, batch_size=2, mesh=mesh, lengths={"decoder": 64}
     )
     assert job(run)["eval/examples/tokens"] > 0
-    assert chat_template.of(run.path)["default"].source == TEMPLATE
-    assert t5style.load(run.path).ids == t5style.load(models[0]).ids
+    assert chat_template.of(run.path)["default"].source == closed
+    parents, tuned = t5style.load(models[0]), t5style.load(run.path)
+    assert tuned.ids == dataclasses.replace(parents.ids, eos=(*parents.ids.eos, parents.vocabulary.unk_id))
+
+
+def test_what_comes_of_one_record_is_in_one_split(models: tuple[str, str], tmp_path: pathlib.Path) -> None:
+    replies = [{"text": x, "role": "assistant"} for x in "abc"]
+    trees = [{"prompt": {"text": f"q{x}", "role": "prompter", "replies": replies}} for x in "abcdefgh"]
+    data = lines(tmp_path / "trees.jsonl", trees)
+    for share in (0.4, 1e-9):  # by the draw; and at least one
+        run = RunDir(tmp_path / str(share)).create()
+        counts = Examples(data, models[1], validation=share)(run)["examples"]
+        assert counts["train"] + counts["validation"] == 24
+        assert counts["validation"] == 3 if share < 0.1 else counts["validation"] > 0
+        store = TokenStore.open(str(run.path))
+        asked = [
+            {tuple(ids) for ids in store.examples(split, "inputs", range(counts[split]))} for split in counts
+        ]
+        assert not asked[0] & asked[1]
+    with pytest.raises(UserError, match=r"all 3 examples .* set validation = 0\.0"):
+        Examples(lines(tmp_path / "one.jsonl", trees[:1]), models[1])(RunDir(tmp_path / "one").create())
+
+
+def test_what_is_longer_than_the_context_is_counted(tmp_path: pathlib.Path) -> None:
+    model = tiny_models.save(tmp_path / "short", decoder_only=True, context_length=7)
+    data = lines(tmp_path / "p.jsonl", [{"prompt": "hi", "completion": "ho" * n} for n in (1, 2)])
+    figures = Examples(data, model, validation=0.0)(RunDir(tmp_path / "run").create())
+    assert (figures["examples"], figures["longer_than_context"]) == ({"train": 2}, 1)
 
 
 def test_pairs_and_phrasings(models: tuple[str, str], tmp_path: pathlib.Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from typing import Any
 
 import jax
 
@@ -14,7 +15,7 @@ from t5style.models.config import TransformerConfig
 VOCABULARY = CharacterVocabulary("abcdefghijklmnopqrstuvwxyz:\n ", extra_ids=0)
 
 
-def config(decoder_only: bool) -> TransformerConfig:
+def config(decoder_only: bool, **changes: Any) -> TransformerConfig:
     """Some thousand parameters."""
     return TransformerConfig(
         vocab_size=40,
@@ -27,11 +28,12 @@ def config(decoder_only: bool) -> TransformerConfig:
         scale_attention=decoder_only,
         activations=("silu", "linear") if decoder_only else ("gelu", "linear"),
         dtype="float32",
+        **changes,
     )
 
 
-def save(folder: pathlib.Path, decoder_only: bool) -> str:
+def save(folder: pathlib.Path, decoder_only: bool, **changes: Any) -> str:
     """Writes one with random parameters; returns its folder."""
-    made = config(decoder_only)
+    made = config(decoder_only, **changes)
     Model(made, params.init_params(made, jax.random.key(0)), VOCABULARY).save(folder)
     return str(folder)
