@@ -210,6 +210,7 @@ def _of_wanted(told: Any, hidden: jax.Array, targets: jax.Array, wanted: jax.Arr
     """`told` of the positions that are wanted, [2, positions], 0 of the others: as likelihood.of_wanted, the
     logits of few positions are in memory at once, and prompts and padding have none.
     """
+    targets = jnp.asarray(targets)  # a batch may come as NumPy's
     count, piece = len(targets), likelihood.PIECE
     mesh = rules.current_mesh()
     if count <= piece or (mesh is not None and mesh.size > 1):

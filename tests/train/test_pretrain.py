@@ -253,9 +253,9 @@ def test_starts_from_another_run(
 
 def test_experts_may_be_balanced_otherwise_than_before() -> None:
     config = job("tokens").model.replace(moe=MoE(4, 2, 16, balance_loss=0.01))
-    initialize._same_model(config, config.replace(moe=MoE(4, 2, 16, capacity_factor=1.5)), "there")
+    initialize.same_model(config, config.replace(moe=MoE(4, 2, 16, capacity_factor=1.5)), "there")
     with pytest.raises(run_dir.UserError, match=r"another architecture: its moe is \{'experts': 4"):
-        initialize._same_model(config, config.replace(moe=MoE(8, 2, 16)), "there")
+        initialize.same_model(config, config.replace(moe=MoE(8, 2, 16)), "there")
 
 
 def test_another_seed_or_dataset_is_no_resume(store: str, tmp_path: pathlib.Path) -> None:
