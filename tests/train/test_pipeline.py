@@ -62,8 +62,8 @@ alone = functools.cache(functools.partial(value_and_gradients, mesh_config=MeshC
 
 
 def assert_same(got, want):
-    """To 1e-5 of each gradient's norm; of one that nearly cancels, of a five-hundredth of all gradients' norm:
-    that is 2e-8 of it, less than float32 tells apart (1.2e-8 was seen on one CPU, and less on others).
+    """To 1e-5 of each gradient's norm; of one that nearly cancels, of 1/500 of all gradients' norm: that is
+    2e-8 of it, less than float32 tells apart (1.2e-8 was seen on one CPU, and less on others).
     """
     np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
     least = 2e-3 * np.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(want[1])))
