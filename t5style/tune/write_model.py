@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from t5style import run_dir
-from t5style.infer import storage
+from t5style.infer import chat_template, storage
 from t5style.infer.ids import TokenIds, token_ids
 from t5style.models import adapters
 from t5style.models.adapters_merge import merge_adapters
@@ -77,6 +77,10 @@ def write(
     run_dir.atomic_write(run.path / storage.MODEL_FILE, config.to_json())
     if like.vocabulary is not None:
         like.vocabulary.save(run.path / storage.VOCABULARY_FOLDER)
+    if like.ids is not None:  # what its texts begin and end with, and how its chats look
+        run_dir.atomic_write(run.path / storage.IDS, json.dumps(dataclasses.asdict(like.ids)) + "\n")
+    if like.path and (templates := chat_template.of(like.path)):
+        chat_template.save(templates, run.path / storage.VOCABULARY_FOLDER)
     keeper = checkpoint.Checkpointer(run.path / storage.CHECKPOINTS)
     metadata = {
         "model": json.loads(config.to_json()),
