@@ -255,6 +255,7 @@ class Examples:
             return record
         id = str(record.get("id") or name)
         drawn = int(conversations.chance(f"phrasing {id}", self.seed) * len(self.phrasings))
+        record = {key: value for key, value in record.items() if value is not None}  # null is a missing field
         try:
             texts = {
                 field: string.Formatter().vformat(text, (), record)
@@ -262,7 +263,12 @@ class Examples:
             }
         except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
             return f"no {error.args[0]} for phrasing {drawn}"
-        return {**record, **texts, "id": id}
+        # What the phrasing has put into words is not read a second time.
+        said = {*conversations.PROMPTS, "input", "context", "messages", "conversations", "instances"}
+        if any(field in texts for field in conversations.COMPLETIONS):
+            said |= {*conversations.COMPLETIONS}
+        rest = {key: value for key, value in record.items() if key not in said}
+        return {**rest, **texts, "id": id}
 
     def _nothing(self, rejected: Sequence[Rejected]) -> UserError:
         why = collections.Counter(item.reason for item in rejected).most_common(3)

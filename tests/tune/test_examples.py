@@ -143,6 +143,15 @@ def test_pairs_and_phrasings(models: tuple[str, str], tmp_path: pathlib.Path) ->
     found = shown(str(run.path), "encoder_decoder")
     assert {inputs.split()[0] == "twice" for inputs, _ in found} == {True, False}
     assert all(("twice" in inputs) == ("is" not in targets) for inputs, targets in found)
+    # Fields that are put into words are not learnt a second time, nor others in their place; null is none.
+    raw = [{"id": x, "prompt": "no", "context": x, "output": "no"} for x in "ab"] + [
+        {"id": "c", "context": None}
+    ]
+    run = RunDir(tmp_path / "raw").create()
+    phrasing = [{"inputs": "read {context}", "targets": "got {context}"}]
+    figures = Examples(lines(tmp_path / "raw.jsonl", raw), models[1], phrasings=phrasing, validation=0.0)(run)
+    assert figures["set_aside"] == {"no context for phrasing 0": 1}
+    assert shown(str(run.path), "encoder_decoder") == {(f"read {x}</s>", f"got {x}</s>") for x in "ab"}
 
 
 def test_what_is_refused(models: tuple[str, str], tmp_path: pathlib.Path) -> None:
